@@ -1,0 +1,24 @@
+"""The frozen CLIP backbone and the Cross-Modal Adapters that are its arguments."""
+
+from backbone.adapter import Adapter, AdapterShape, Scope, TowerDims
+from backbone.images import to_pixels
+from backbone.load import BackboneNotFound, load_backbone
+from backbone.model import Adapters, Backbone, Tokens, UnsupportedBackbone
+from backbone.similarity import TEMPERATURE, mean_pool, q_score
+
+__all__ = [
+    "TEMPERATURE",
+    "Adapter",
+    "AdapterShape",
+    "Adapters",
+    "Backbone",
+    "BackboneNotFound",
+    "Scope",
+    "Tokens",
+    "TowerDims",
+    "UnsupportedBackbone",
+    "load_backbone",
+    "mean_pool",
+    "q_score",
+    "to_pixels",
+]

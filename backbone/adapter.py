@@ -1,0 +1,228 @@
+"""The Cross-Modal Adapter (Jiang et al. 2022, arXiv 2211.09623, section 3.3) as a value.
+
+In every residual block of a tower two adapters stand, each on a sub-layer's output before the residual sum:
+
+    x = x + A(attn(ln_1(x)))        place 2·layer
+    x = x + A(mlp(ln_2(x)))         place 2·layer + 1
+    A(h) = h + W_up · quick_gelu(W_down · h + b_down) + b_up
+
+The last `shared` rows of W_up and b_up are one matrix for both towers at paired layers. An adapter is stored in the
+layout of the paper's released code (`AdapterShape.layout`) and computed in the fused form (`Adapter`), where each tower
+has its whole W_up. Nothing here is a module: adapters are arguments of `Backbone.encode_text` and `encode_frames`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Scope = Literal["both", "text", "vision"]
+Tensors = Mapping[str, Tensor]
+
+
+def quick_gelu(h: Tensor) -> Tensor:
+    """h · sigmoid(1.702 h), the activation of OpenAI's CLIP and of the paper's adapters."""
+    return h * torch.sigmoid(1.702 * h)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerDims:
+    """Widths and depths of a backbone's two towers: all that an adapter's shape depends on."""
+
+    visual_width: int
+    visual_layers: int
+    text_width: int
+    text_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """What fixes every tensor of an adapter: the towers, the bottleneck's rank r and the shared rows d_s.
+
+    Raises ValueError for a rank below 1, for `shared` outside 0 … the narrower tower's width, and for shared rows in an
+    adapter of one tower only.
+    """
+
+    dims: TowerDims
+    rank: int = 8
+    shared: int = 16
+    scope: Scope = "both"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if self.scope not in ("both", "text", "vision"):
+            raise ValueError(f"scope must be both, text or vision, not {self.scope!r}")
+        widest = min(self.dims.visual_width, self.dims.text_width)
+        if not 0 <= self.shared <= widest:
+            raise ValueError(f"shared must be between 0 and {widest}, the narrower tower's width, not {self.shared}")
+        if self.shared and self.scope != "both":
+            raise ValueError(f"an adapter of scope {self.scope} has no other tower to share with: shared must be 0")
+
+    def towers(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, width, layers) of each tower that the adapter changes."""
+        visual = ("visual", self.dims.visual_width, self.dims.visual_layers)
+        text = ("text", self.dims.text_width, self.dims.text_layers)
+        return {"both": (visual, text), "vision": (visual,), "text": (text,)}[self.scope]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(visual layer, text layer) of each pair that shares rows, by relative depth: i of L meets ⌈(i+1)·M/L⌉-1 of M.
+
+        Towers of equal depth pair layer by layer, as in the released code.
+        """
+        visual, text = self.dims.visual_layers, self.dims.text_layers
+        paired = min(visual, text)
+        return [(-(-(i + 1) * visual // paired) - 1, -(-(i + 1) * text // paired) - 1) for i in range(paired)]
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each stored tensor, in the layout of the paper's released code.
+
+        The `_unpaired_` tensors, absent from that code, hold the last `shared` rows of layers that have no partner in
+        a shallower other tower.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for tower, width, layers in self.towers():
+            places, own = 2 * layers, width - self.shared
+            shapes[f"{tower}_adapter_down_weight"] = (places, self.rank, width)
+            shapes[f"{tower}_adapter_down_bias"] = (places, self.rank)
+            if own:
+                shapes[f"{tower}_adapter_up_unique_weight"] = (places, own, self.rank)
+                shapes[f"{tower}_adapter_up_unique_bias"] = (places, own)
+            unpaired = places - 2 * len(self.pairs())
+            if self.shared and unpaired:
+                shapes[f"{tower}_adapter_up_unpaired_weight"] = (unpaired, self.shared, self.rank)
+                shapes[f"{tower}_adapter_up_unpaired_bias"] = (unpaired, self.shared)
+        if self.shared:
+            places = 2 * len(self.pairs())
+            shapes["vt_adapter_up_share_weight"] = (places, self.shared, self.rank)
+            shapes["vt_adapter_up_share_bias"] = (places, self.shared)
+        return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values: 519,168 at ViT-B/32 with rank 8 and 16 shared rows."""
+        return sum(torch.Size(shape).numel() for shape in self.layout().values())
+
+    def initial(self, seed: int) -> dict[str, Tensor]:
+        """Fresh float32 tensors: weights from a truncated normal of std 0.01, biases zero (the paper's init)."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {name: torch.zeros(shape) for name, shape in self.layout().items()}
+        for name, tensor in tensors.items():
+            if name.endswith("weight"):
+                torch.nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02, generator=generator)
+        return tensors
+
+    def assemble(self, tensors: Tensors) -> Adapter:
+        """The fused form of `tensors`, differentiable in them.
+
+        Raises ValueError if a tensor is missing, unknown or of another shape.
+        """
+        expected = self.layout()
+        if problems := sorted(expected.keys() ^ tensors.keys()):
+            raise ValueError(f"adapter tensors missing or unknown: {', '.join(problems)}")
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"adapter tensor {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+        towers = {tower: self._fuse(tensors, tower, layers) for tower, _, layers in self.towers()}
+        return Adapter(visual=towers.get("visual"), text=towers.get("text"))
+
+    def _fuse(self, tensors: Tensors, tower: str, layers: int) -> TowerAdapter:
+        up: dict[str, Tensor] = {}
+        for kind in ("weight", "bias"):
+            parts = []
+            if own := [tensors[name] for name in (f"{tower}_adapter_up_unique_{kind}",) if name in tensors]:
+                parts += own  # (P, d - d_s, …)
+            if self.shared:
+                rows = torch.cat(
+                    [tensors[f"vt_adapter_up_share_{kind}"]]
+                    + [tensors[name] for name in (f"{tower}_adapter_up_unpaired_{kind}",) if name in tensors]
+                )
+                order = self._shared_rows(tower, layers).to(rows.device)
+                parts.append(rows[order])  # (P, d_s, …)
+            up[kind] = torch.cat(parts, dim=1)
+        return TowerAdapter(
+            down_weight=tensors[f"{tower}_adapter_down_weight"],
+            down_bias=tensors[f"{tower}_adapter_down_bias"],
+            up_weight=up["weight"],
+            up_bias=up["bias"],
+        )
+
+    def _shared_rows(self, tower: str, layers: int) -> Tensor:
+        """(P,) int64: for each place of the tower, its row in the shared tensor followed by the unpaired one."""
+        partner = {pair[0 if tower == "visual" else 1]: i for i, pair in enumerate(self.pairs())}
+        alone = iter(range(len(partner), layers))
+        layer_rows = [partner[layer] if layer in partner else next(alone) for layer in range(layers)]
+        return torch.tensor([2 * row + place for row in layer_rows for place in (0, 1)])
+
+
+@dataclass(frozen=True, slots=True)
+class TowerAdapter:
+    """One tower's adapters in the fused form; P = 2 · layers places, width d, rank r."""
+
+    down_weight: Tensor  # (P, r, d)
+    down_bias: Tensor  # (P, r)
+    up_weight: Tensor  # (P, d, r)
+    up_bias: Tensor  # (P, d)
+
+    def __call__(self, h: Tensor, place: int) -> Tensor:
+        """h (B, T, d) → (B, T, d). Semantics: h + up_weight[p] · quick_gelu(down_weight[p] · h + down_bias[p]) + up_bias[p]."""
+        bottleneck = quick_gelu(F.linear(h, self.down_weight[place], self.down_bias[place]))  # (B, T, r)
+        return h + F.linear(bottleneck, self.up_weight[place], self.up_bias[place])
+
+    def to(self, device: torch.device) -> TowerAdapter:
+        return TowerAdapter(*(t.to(device) for t in (self.down_weight, self.down_bias, self.up_weight, self.up_bias)))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter in the fused form. A tower that it leaves alone is None: scope `text` has no `visual`."""
+
+    visual: TowerAdapter | None
+    text: TowerAdapter | None
+
+    def to(self, device: torch.device) -> Adapter:
+        return Adapter(
+            visual=None if self.visual is None else self.visual.to(device),
+            text=None if self.text is None else self.text.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MixedTowerAdapters:
+    """A batch in which every row has its own adapter, gathered row by row."""
+
+    down_weight: Tensor  # (P, B, d, r)
+    down_bias: Tensor  # (P, B, 1, r)
+    up_weight: Tensor  # (P, B, r, d)
+    up_bias: Tensor  # (P, B, 1, d)
+
+    @classmethod
+    def gather(cls, distinct: Sequence[TowerAdapter | None], rows: Tensor, width: int, places: int) -> MixedTowerAdapters:
+        """Stacks the distinct adapters, padding lower ranks and missing towers with zeros, and picks one for each row.
+
+        `rows` (B,) int64 holds, for each row of the batch, its adapter's position in `distinct`.
+        """
+        rank = max(a.down_weight.shape[1] for a in distinct if a is not None)
+        like = next(a.down_weight for a in distinct if a is not None)
+        down_weight = like.new_zeros(len(distinct), places, width, rank)
+        down_bias = like.new_zeros(len(distinct), places, 1, rank)
+        up_weight = like.new_zeros(len(distinct), places, rank, width)
+        up_bias = like.new_zeros(len(distinct), places, 1, width)
+        for slot, adapter in enumerate(distinct):
+            if adapter is not None:
+                r = adapter.down_weight.shape[1]
+                down_weight[slot, :, :, :r] = adapter.down_weight.transpose(1, 2)
+                down_bias[slot, :, 0, :r] = adapter.down_bias
+                up_weight[slot, :, :r] = adapter.up_weight.transpose(1, 2)
+                up_bias[slot, :, 0] = adapter.up_bias
+        return cls(*(stack[rows].transpose(0, 1) for stack in (down_weight, down_bias, up_weight, up_bias)))
+
+    def __call__(self, h: Tensor, place: int) -> Tensor:
+        """h (B, T, d) → (B, T, d). Semantics: row b is `TowerAdapter.__call__` with row b's own adapter."""
+        bottleneck = quick_gelu(torch.baddbmm(self.down_bias[place], h, self.down_weight[place]))  # (B, T, r)
+        return h + torch.baddbmm(self.up_bias[place], bottleneck, self.up_weight[place])

@@ -1,0 +1,211 @@
+"""The frozen backbone: open_clip's two towers, run block by block, with adapters as arguments.
+
+A `Backbone` never changes after it is loaded. Two calls with different adapters share nothing but the frozen weights,
+so rows of different tenants can stand in one batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.transformer import ResidualAttentionBlock, text_global_pool
+from torch import Tensor, nn
+
+from backbone.adapter import Adapter, MixedTowerAdapters, TowerAdapter, TowerDims
+
+Adapters = Adapter | Sequence[Adapter | None] | None
+"""None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone."""
+
+
+class UnsupportedBackbone(ValueError):
+    """The architecture has no plain residual blocks on both towers, or pools in a way that the loop does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokenised texts: `ids` (B, context_length) int64; `truncated[i]` is true where the end of a text was cut off."""
+
+    ids: Tensor
+    truncated: tuple[bool, ...]
+
+
+class Backbone:
+    """A frozen CLIP with plain residual blocks on both towers.
+
+    `name` is the architecture's name; `fingerprint` identifies architecture and weights (sha256 hex): vectors of two
+    backbones are comparable only where the fingerprints are equal.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name = name
+        self.device = torch.device(device)
+        self._model: Any = model.float().eval().requires_grad_(False).to(self.device)
+        self._visual: Any = self._model.visual
+        self._text: Any = getattr(self._model, "text", self._model)  # CustomTextCLIP keeps its text tower apart
+        self._tokenizer = tokenizer
+        self._check_architecture()
+        visual_blocks, text_blocks = self._visual.transformer.resblocks, self._text.transformer.resblocks
+        self.dims = TowerDims(
+            visual_width=visual_blocks[0].ln_1.normalized_shape[0],
+            visual_layers=len(visual_blocks),
+            text_width=text_blocks[0].ln_1.normalized_shape[0],
+            text_layers=len(text_blocks),
+        )
+        self.image_size: int = self._visual.image_size[0]
+        self.context_length: int = self._text.context_length
+        self.embed_dim: int = self._visual.proj.shape[1]
+        self._mean, self._std = mean, std
+        shift = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
+        scale = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        self._shift, self._scale = 255 * shift, 1 / (255 * scale)
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def logit_scale(self) -> float:
+        """exp(logit_scale): the frozen factor between a cosine and a logit."""
+        return float(self._model.logit_scale.exp())
+
+    @property
+    def parameters(self) -> int:
+        """Number of frozen values."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids, cut to the context length; `truncated` says where something was cut."""
+        ids: Tensor = self._tokenizer(list(texts), context_length=self.context_length)
+        room = self.context_length - 2  # the start and end tokens
+        full = ids[:, -1] != 0
+        truncated = tuple(
+            bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts)
+        )
+        return Tokens(ids, truncated)
+
+    def encode_text(self, tokens: Tensor, adapters: Adapters = None) -> Tensor:
+        """tokens (B, L) int64 → (B, embed_dim) float32, unnormalised.
+
+        Raises ValueError if a sequence of adapters has not B entries.
+        """
+        text = self._text
+        tokens = tokens.to(self.device)
+        if text.attn_mask is not None and self._text_pool in ("argmax", "eos"):
+            tokens = tokens[:, : int(self._ends(tokens).max()) + 1]  # causal: what follows the end changes nothing
+        length = tokens.shape[1]
+        x = text.token_embedding(tokens) + text.positional_embedding[:length]  # (B, L, d)
+        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+        apply = self._tower("text", adapters, len(tokens))
+        x = _run_blocks(x, text.transformer.resblocks, apply, mask)
+        x = text.ln_final(x)
+        pooled = text_global_pool(x, tokens, self._text_pool, eos_token_id=self._eos_id)  # (B, d)
+        projection = text.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection(pooled)  # type: ignore[no-any-return]
+        return pooled if projection is None else pooled @ projection
+
+    def encode_frames(self, pixels: Tensor, adapters: Adapters = None) -> Tensor:
+        """pixels (N, 3, image_size, image_size) → (N, embed_dim) float32, unnormalised.
+
+        uint8 pixels are normalised with the backbone's mean and standard deviation; floats are taken as normalised.
+        Raises ValueError for pixels of another shape or a sequence of adapters that has not N entries.
+        """
+        side = self.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, side, side):
+            raise ValueError(f"pixels must have shape (N, 3, {side}, {side}), not {tuple(pixels.shape)}")
+        pixels = pixels.to(self.device)
+        pixels = (pixels.float() - self._shift) * self._scale if pixels.dtype == torch.uint8 else pixels.float()
+        x = self._visual._embeds(pixels)  # (N, T, d)
+        apply = self._tower("visual", adapters, len(pixels))
+        x = _run_blocks(x, self._visual.transformer.resblocks, apply, None)
+        pooled, _ = self._visual._pool(x)
+        return pooled @ self._visual.proj  # type: ignore[no-any-return]
+
+    def _tower(self, tower: str, adapters: Adapters, rows: int) -> _Apply | None:
+        """What `_run_blocks` applies to a sub-layer's output; None where no row has an adapter on this tower."""
+        if adapters is None:
+            return None
+        if isinstance(adapters, Adapter):
+            return getattr(adapters, tower)  # type: ignore[no-any-return]
+        if len(adapters) != rows:
+            raise ValueError(f"{len(adapters)} adapters for a batch of {rows} rows")
+        position: dict[int, int] = {}
+        distinct: list[TowerAdapter | None] = []
+        index = []
+        for adapter in adapters:
+            own: TowerAdapter | None = None if adapter is None else getattr(adapter, tower)
+            if id(own) not in position:
+                position[id(own)] = len(distinct)
+                distinct.append(own)
+            index.append(position[id(own)])
+        if len(distinct) == 1:
+            return distinct[0]
+        width, layers = (
+            (self.dims.visual_width, self.dims.visual_layers)
+            if tower == "visual"
+            else (self.dims.text_width, self.dims.text_layers)
+        )
+        return MixedTowerAdapters.gather(distinct, torch.tensor(index, device=self.device), width, 2 * layers)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        if self._text_pool == "argmax":
+            return tokens.argmax(dim=-1)
+        return (tokens == self._eos_id).int().argmax(dim=-1)
+
+    def _check_architecture(self) -> None:
+        for tower, holder in (("vision", self._visual), ("text", self._text)):
+            blocks = getattr(getattr(holder, "transformer", None), "resblocks", ())
+            if not len(blocks) or any(type(block) is not ResidualAttentionBlock for block in blocks):
+                raise UnsupportedBackbone(f"{self.name}: the {tower} tower has no plain residual blocks")
+        if getattr(self._text, "cls_emb", None) is not None or getattr(self._text, "use_pad_mask", False):
+            raise UnsupportedBackbone(f"{self.name}: text towers with a class token or a padding mask are not supported")
+        if self._visual.image_size[0] != self._visual.image_size[1]:
+            raise UnsupportedBackbone(f"{self.name}: the image is not square")
+        flat = self._text is self._model  # open_clip's CLIP class renames two attributes of its text tower
+        self._text_pool: str = self._text.text_pool_type if flat else self._text.pool_type
+        self._eos_id: int | None = self._text.text_eos_id if flat else self._text.eos_id
+
+    def _fingerprint(self) -> str:
+        blocks = self._visual.transformer.resblocks[0], self._text.transformer.resblocks[0]
+        architecture = {
+            "dims": asdict(self.dims),
+            "heads": [block.attn.num_heads for block in blocks],
+            "activation": [type(block.mlp[1]).__name__ for block in blocks],
+            "image_size": self.image_size,
+            "patch_size": self._visual.patch_size[0],
+            "context_length": self.context_length,
+            "causal": self._text.attn_mask is not None,
+            "pool": [self._visual.pool_type, self._text_pool],
+            "mean": self._mean,
+            "std": self._std,
+        }
+        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            values = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+            digest.update(f"{name}{values.shape}".encode())
+            digest.update(values.data)
+        return digest.hexdigest()
+
+
+_Apply = Callable[[Tensor, int], Tensor]
+
+
+def _run_blocks(x: Tensor, blocks: Sequence[Any], apply: _Apply | None, mask: Tensor | None) -> Tensor:
+    """x (B, T, d) through a tower's blocks. Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block."""
+    for layer, block in enumerate(blocks):
+        h = block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=mask))
+        x = x + (h if apply is None else apply(h, 2 * layer))
+        h = block.ls_2(block.mlp(block.ln_2(x)))
+        x = x + (h if apply is None else apply(h, 2 * layer + 1))
+    return x

@@ -1,0 +1,74 @@
+"""The cached frames of a video: one stored zip of JPEGs with an index, written once, read by every embedding.
+
+Embedding always reads these, the first time too, so that a new adapter needs no second decode and the same adapter
+gives the same vectors again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from backbone import to_pixels
+from indexer.decode import DecodedVideo
+
+
+class DamagedFrames(ValueError):
+    """The archive is not readable as cached frames."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSegment:
+    """`start` and `end` in seconds; `frames` are the JPEGs' names in the archive, in order of time."""
+
+    start: float
+    end: float
+    frames: tuple[str, ...]
+
+
+def pack_frames(video: DecodedVideo, folder: Path) -> bytes:
+    """The archive of a decoded video whose JPEGs lie in `folder`; equal input gives equal bytes."""
+    index = [{"start": s.start, "end": s.end, "frames": list(s.frame_files)} for s in video.segments]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("index.json"), json.dumps({"segments": index}))
+        for segment in video.segments:
+            for name in segment.frame_files:
+                archive.writestr(zipfile.ZipInfo(name), (folder / name).read_bytes())
+    return buffer.getvalue()
+
+
+class FrameArchive:
+    """A video's cached frames. Raises DamagedFrames where the bytes are not such an archive."""
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            self._zip = zipfile.ZipFile(io.BytesIO(data))
+            index = json.loads(self._zip.read("index.json"))
+            self.segments = tuple(
+                CachedSegment(float(s["start"]), float(s["end"]), tuple(s["frames"])) for s in index["segments"]
+            )
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+            raise DamagedFrames(f"cached frames are damaged: {error}") from error
+
+    def pixels(self, names: tuple[str, ...], size: int) -> NDArray[np.uint8]:
+        """(len(names), 3, size, size) uint8 RGB: the backbone's input. Raises DamagedFrames."""
+        try:
+            return np.stack([to_pixels(Image.open(io.BytesIO(self._zip.read(name))), size) for name in names])
+        except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+            raise DamagedFrames(f"cached frames are damaged: {error}") from error
+
+    def between(self, start: float | None, end: float | None, count: int) -> tuple[str, ...]:
+        """`count` frame names spread uniformly over the segments that meet [start, end] seconds (None: open)."""
+        met = [
+            s for s in self.segments if (end is None or s.start < end) and (start is None or s.end > start)
+        ] or list(self.segments)
+        names = [name for segment in met for name in segment.frames]
+        return tuple(names[int((i + 0.5) * len(names) / count)] for i in range(count))
