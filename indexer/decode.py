@@ -1,0 +1,362 @@
+"""From a video file to sampled frames: probe, cut into segments, write frames and thumbnails as JPEG files.
+
+This runs on hostile bytes, so only inside the sandbox (`indexer.sandbox`). A first pass reads the packets without
+decoding them (the survey): it knows the real time of every frame, whatever the header claims. decord decodes the chosen
+frames where it agrees with the survey; PyAV decodes the rest (AV1, program streams, files without duration); a file
+whose packets promise frames that do not come out is read through with PyAV and keeps what it still gives.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from numpy.typing import NDArray
+from PIL import Image
+
+Picture = NDArray[np.uint8]  # (height, width, 3) RGB, as shown
+
+# Containers that hold their own frames. Playlists (hls, concat, dash) are left out: they name other files to read.
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,ivf,mxf,dv,rm,wtv,nut"
+# decord can be given no such list, so it only sees files whose first bytes leave no doubt what they are.
+DECORD_HEADS = re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL)
+LONGEST_SIDE = 16384  # pixels
+FRAME_NAME = re.compile(r"\d{3,6}-(\d{2,4}|thumb)\.jpg")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a video is cut and sampled, and what is refused. Times in seconds, sizes in pixels."""
+
+    segment_seconds: float = 30.0
+    frames_per_segment: int = 12
+    short_side: int = 256
+    thumbnail_width: int = 320
+    max_seconds: float = 4 * 3600.0
+    max_pixels: int = 8192 * 8192
+
+
+class DecodeError(Exception):
+    """The file gives no video. `code` is stable (docs name them all); `detail` is one line for who sent the file."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFacts:
+    """What was found in the file. Duration in seconds, sizes as shown (after rotation), fps the true average."""
+
+    duration: float
+    width: int
+    height: int
+    fps: float
+    codec: str
+    frames: int
+    container: str
+    decoder: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSegment:
+    """A stretch [start, end) in seconds from the first frame, and the names of its JPEG files in the output folder."""
+
+    start: float
+    end: float
+    frame_files: tuple[str, ...]
+    thumbnail_file: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedVideo:
+    facts: MediaFacts
+    segments: tuple[DecodedSegment, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecodedVideo:
+        """Raises ValueError, KeyError or TypeError where `data` is not what `to_dict` gives."""
+        segments = []
+        for each in data["segments"]:
+            names, thumbnail = tuple(each["frame_files"]), each["thumbnail_file"]
+            if not all(FRAME_NAME.fullmatch(name) for name in (*names, thumbnail)):
+                raise ValueError("not the name of a frame file")
+            segments.append(DecodedSegment(float(each["start"]), float(each["end"]), names, thumbnail))
+        return cls(MediaFacts(**data["facts"]), tuple(segments))
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """The frames that the packets promise, in the order they are shown."""
+
+    facts: MediaFacts
+    times: NDArray[np.float64]  # (frames,) seconds from the first frame
+    stamps: list[int]  # (frames,) the same in the stream's time base; empty where the container gives none
+    keys: list[tuple[int, int]]  # the key frames: (stamp shown at, stamp to seek to)
+    decord: bool  # worth trying
+
+
+class _Damaged(Exception):
+    """The frames that come out are not those that the packets promised."""
+
+
+Fetch = Callable[[Path, _Survey, list[int], Sampling], Iterator[Picture]]
+
+
+def probe(path: Path, sampling: Sampling = Sampling()) -> MediaFacts:
+    """The facts of the file at `path`, from its packets and its first frame. Raises DecodeError as `decode` does."""
+    return _survey(path, sampling).facts
+
+
+def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decord: bool = True) -> DecodedVideo:
+    """Sample the video at `path` into JPEG files in the folder `out`, which exists and is empty.
+
+    A video up to `segment_seconds` is one segment, a longer one is cut into equal ones. Each segment gives exactly
+    `frames_per_segment` frames: those shown at the centres of as many equal slices (a short clip repeats frames).
+
+    Raises DecodeError (`empty_file`, `unsupported_media`, `no_frames`, `video_too_long`, `video_too_large`) for the
+    file's faults, OSError for ours (a missing file, a full disk).
+    """
+    survey = _survey(path, sampling)
+    attempts: list[tuple[Fetch, bool]] = [(_by_decord, decord and survey.decord), (_by_seeking, bool(survey.stamps))]
+    for attempt in (attempt for attempt, fit in attempts if fit):
+        try:
+            return _write(survey, attempt, path, out, sampling)
+        except _Damaged:
+            for file in out.iterdir():
+                file.unlink()
+    with _open(path, sampling) as (container, stream):
+        times = [time for time, _ in _through(container, stream)]
+    survey = replace(survey, facts=_with_times(survey.facts, times), times=_shown(times))
+    _check_length(survey.facts, sampling)
+    return _write(survey, _by_decoding_through, path, out, sampling)
+
+
+def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sampling) -> DecodedVideo:
+    """Cut, let `attempt` fetch the pictures in the order of their indexes, write them."""
+    per, duration = sampling.frames_per_segment, survey.facts.duration
+    count = max(1, math.ceil((duration - 1e-3) / sampling.segment_seconds))
+    bounds = np.linspace(0.0, duration, count + 1).tolist()
+    centres = (np.arange(count * per) + 0.5) * (duration / (count * per))
+    chosen = np.maximum(np.searchsorted(survey.times, centres + 1e-6, side="right") - 1, 0).tolist()
+    pictures = attempt(path, survey, sorted(set(chosen)), sampling)
+    picture, jpeg, last = np.zeros((1, 1, 3), np.uint8), b"", -1
+    segments = []
+    for number in range(count):
+        names, thumbnail = tuple(f"{number:03d}-{slot:02d}.jpg" for slot in range(per)), f"{number:03d}-thumb.jpg"
+        for slot, name in enumerate(names):
+            index = chosen[number * per + slot]
+            if index != last:
+                picture, last = next(pictures), index
+                jpeg = _jpeg(picture, sampling.short_side / min(picture.shape[:2]))
+            (out / name).write_bytes(jpeg)
+            if slot == per // 2:
+                (out / thumbnail).write_bytes(_jpeg(picture, sampling.thumbnail_width / picture.shape[1]))
+        segments.append(DecodedSegment(bounds[number], bounds[number + 1], names, thumbnail))
+    decoder = "decord" if attempt is _by_decord else "pyav"
+    return DecodedVideo(replace(survey.facts, decoder=decoder), tuple(segments))
+
+
+def _jpeg(picture: Picture, scale: float) -> bytes:
+    image = Image.fromarray(picture)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+# --- the survey
+
+
+@contextmanager
+def _open(path: Path, sampling: Sampling) -> Iterator[tuple[Any, Any]]:
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    try:
+        container = av.open(str(path), metadata_errors="ignore", options=options)
+    except MemoryError:
+        raise
+    except FFmpegError as error:
+        raise DecodeError("unsupported_media", "The file is not a video that can be read.") from error
+    with container:
+        stream: Any = container.streams.best("video")
+        if stream is None or stream.disposition & stream.disposition.attached_pic:
+            raise DecodeError("unsupported_media", "The file has no video stream.")
+        if stream.codec_context is None:
+            raise DecodeError("unsupported_media", "The video is encrypted or in a codec that is not known.")
+        _check_size(stream.codec_context.width, stream.codec_context.height, sampling)
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _survey(path: Path, sampling: Sampling) -> _Survey:
+    if path.stat().st_size == 0:
+        raise DecodeError("empty_file", "The file is empty.")
+    with _open(path, sampling) as (container, stream):
+        times: list[float] = []
+        stamps: list[int] = []
+        keys: list[tuple[int, int]] = []
+        base = float(stream.time_base or 0)
+        # AVI stamps tell the order in the file: where frames are shown in another order, decord gives wrong ones
+        usable, clean = not (container.format.name == "avi" and stream.codec_context.has_b_frames), True
+        for packet in _packets(container, stream):
+            if packet.has_sidedata("encryption_info"):
+                raise DecodeError("unsupported_media", "The video is encrypted.")
+            if packet.is_discard or packet.is_corrupt:
+                clean = False
+                continue
+            stamp = packet.pts
+            if stamp is None or not base:
+                usable = False
+                stamp = packet.dts or 0
+            stamps.append(stamp)
+            times += [stamp * base, (stamp + (packet.duration or 0)) * base]
+            if packet.is_keyframe:
+                keys.append((stamp, stamp if packet.dts is None else packet.dts))
+        name = stream.codec_context.codec.canonical_name
+        facts = MediaFacts(0.0, 0, 0, 0.0, name, len(stamps), container.format.name, "pyav")
+    if usable and stamps:
+        facts = _with_times(facts, sorted(times[::2]), max(times[1::2]) - min(times))
+        _check_length(facts, sampling)
+    with _open(path, sampling) as (container, stream):
+        first = next((picture for _, picture in _through(container, stream)), None)
+        if first is None:
+            raise DecodeError("no_frames", "The file opens as a video, but not one frame can be decoded.")
+        height, width = _rgb(first).shape[:2]
+    _check_size(width, height, sampling)
+    facts = replace(facts, width=width, height=height)
+    with path.open("rb") as file:
+        known = DECORD_HEADS.match(file.read(16)) is not None
+    seekable = usable and bool(keys)
+    return _Survey(facts, _shown(times[::2]), sorted(stamps) if seekable else [], sorted(keys), usable and clean and known)
+
+
+def _with_times(facts: MediaFacts, times: list[float], end: float = 0.0) -> MediaFacts:
+    """`facts` with these frame times, in seconds; a last frame without a duration of its own lasts as the others do."""
+    span = max(times) - min(times)
+    usual = float(np.median(np.diff(np.sort(times)))) if len(times) > 1 else 0.0
+    duration = end if end > span else span + (usual or 0.04)
+    return replace(facts, duration=duration, frames=len(times), fps=len(times) / duration)
+
+
+def _shown(times: list[float]) -> NDArray[np.float64]:
+    """Frames come out in the order they are shown, even where their stamps do not."""
+    ordered = np.sort(np.asarray(times, np.float64))
+    return ordered - ordered[:1]
+
+
+def _check_size(width: int, height: int, sampling: Sampling) -> None:
+    if width * height > sampling.max_pixels or max(width, height) > LONGEST_SIDE:
+        raise DecodeError("video_too_large", f"The pictures are too large ({width} × {height} pixels).")
+
+
+def _check_length(facts: MediaFacts, sampling: Sampling) -> None:
+    if facts.duration > sampling.max_seconds:
+        lasts = f"The video lasts {facts.duration:.0f} seconds; the limit is {sampling.max_seconds:.0f}."
+        raise DecodeError("video_too_long", lasts)
+
+
+# --- three ways to fetch pictures; each yields those of `wanted` (ascending indexes into the survey's frames)
+
+
+def _by_decord(path: Path, survey: _Survey, wanted: list[int], sampling: Sampling) -> Iterator[Picture]:
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    shape = (survey.facts.height, survey.facts.width, 3)
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        if len(reader) != survey.facts.frames:
+            raise _Damaged
+        for index in wanted:
+            picture: Picture = reader[index].asnumpy()
+            if picture.shape != shape:
+                raise _Damaged
+            yield picture
+    except (decord.DECORDError, decord.DECORDLimitReachedError, AssertionError, RuntimeError, StopIteration) as error:
+        raise _Damaged from error
+
+
+def _by_seeking(path: Path, survey: _Survey, wanted: list[int], sampling: Sampling) -> Iterator[Picture]:
+    """Decode on from the last picture, or jump where a key frame lies between it and the next one."""
+    with _open(path, sampling) as (container, stream):
+        frames, at = _decoded(container, stream, strict=True), survey.stamps[0]
+        for index in wanted:
+            target = survey.stamps[index]
+            key, entry = survey.keys[max(bisect_right(survey.keys, target, key=itemgetter(0)) - 1, 0)]
+            if at < key <= target:
+                try:
+                    container.seek(entry, stream=stream)
+                except FFmpegError as error:
+                    raise _Damaged from error
+                frames = _decoded(container, stream, strict=True)
+            frame = next((frame for frame in frames if frame.pts is None or frame.pts >= target), None)
+            if frame is None or frame.pts != target:
+                raise _Damaged
+            at = target
+            yield _rgb(frame)
+
+
+def _by_decoding_through(path: Path, survey: _Survey, wanted: list[int], sampling: Sampling) -> Iterator[Picture]:
+    with _open(path, sampling) as (container, stream):
+        left = set(wanted)
+        for index, (_, frame) in enumerate(_through(container, stream)):
+            if index in left:
+                yield _rgb(frame)
+
+
+def _through(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame) of all that can still be decoded; a frame without a stamp follows the one before it."""
+    base, step = float(stream.time_base or 0), 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    time = -step
+    for frame in _decoded(container, stream, strict=False):
+        time = time + step if frame.pts is None else frame.pts * base
+        yield time, frame
+
+
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets up to the end, or to where the container is broken; without the empty one that flushes."""
+    try:
+        yield from (packet for packet in container.demux(stream) if packet.size)
+    except MemoryError:
+        raise
+    except FFmpegError:
+        return
+
+
+def _decoded(container: Any, stream: Any, *, strict: bool) -> Iterator[Any]:
+    """The frames in the order they are shown. A packet that does not decode is passed over, or raises where `strict`."""
+    for packet in chain(_packets(container, stream), [None]):  # None: the last frames are still inside the decoder
+        try:
+            frames = stream.codec_context.decode(packet)
+        except MemoryError:
+            raise
+        except FFmpegError as error:
+            if strict:
+                raise _Damaged from error
+            continue
+        yield from frames
+
+
+def _rgb(frame: Any) -> Picture:
+    """(height, width, 3), turned upright. A rotation that is no quarter turn is garbage and left alone."""
+    picture: Picture = frame.to_ndarray(format="rgb24")
+    turns, rest = divmod(frame.rotation, 90)
+    return picture if rest else np.ascontiguousarray(np.rot90(picture, turns % 4))

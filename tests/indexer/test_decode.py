@@ -1,0 +1,253 @@
+"""Real files of every kind go in; what comes out is checked by the time that the pictures themselves show."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from videos import clock, corner, garbled, sideways, time_shown, truncated, write_sound, write_video
+
+from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Sampling, decode, probe
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def centres(segment: DecodedSegment) -> np.ndarray:
+    slices = np.linspace(segment.start, segment.end, len(segment.frame_files) + 1)
+    return (slices[:-1] + slices[1:]) / 2
+
+
+def shown(segment: DecodedSegment, out: Path) -> np.ndarray:
+    return np.array([time_shown(out / name) for name in segment.frame_files])
+
+
+def code_of(path: Path, out: Path, **sampling: float) -> str:
+    with pytest.raises(DecodeError) as caught:
+        decode(path, out, replace(Sampling(), **sampling))
+    assert caught.value.detail.endswith(".") and str(path.parent) not in caught.value.detail
+    return caught.value.code
+
+
+KINDS = [
+    ("a.mp4", "libx264", "decord"),
+    ("a.mkv", "libx264", "decord"),
+    ("a.flv", "libx264", "pyav"),
+    ("a.ts", "libx264", "pyav"),  # the first stamp is not 0
+    ("a.h264", "libx264", "pyav"),  # no stamps at all
+    ("reordered.avi", "libx264", "pyav"),  # AVI stamps are those of the file's order; decord answers with wrong frames
+    ("hevc.mp4", "libx265", "decord"),
+    ("vp9.webm", "libvpx-vp9", "decord"),
+    ("av1.mp4", "libsvtav1", "pyav"),
+    ("a.avi", "mpeg4", "decord"),
+    ("stream.mpg", "mpeg2video", "pyav"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "decoder"), KINDS, ids=[name for name, _, _ in KINDS])
+def test_a_clip_of_any_kind_gives_the_frames_at_the_centres_of_twelve_slices(
+    tmp_path: Path, out: Path, name: str, codec: str, decoder: str
+) -> None:
+    video = decode(write_video(tmp_path / name, codec=codec), out)
+    [segment] = video.segments
+    facts = video.facts
+    assert (facts.width, facts.height, facts.frames, facts.decoder) == (160, 120, 50, decoder)
+    assert facts.duration == pytest.approx(2.0, abs=0.05) and facts.fps == pytest.approx(25, abs=0.7)
+    assert (segment.start, segment.end) == (0.0, facts.duration)
+    assert len(segment.frame_files) == 12
+    assert np.abs(shown(segment, out) - centres(segment)).max() < 0.2
+    assert {file.name for file in out.iterdir()} == {*segment.frame_files, segment.thumbnail_file}
+
+
+@pytest.mark.parametrize("decord", [True, False])
+def test_a_long_video_is_cut_into_equal_segments_each_with_its_own_frames(tmp_path: Path, out: Path, decord: bool) -> None:
+    video = decode(write_video(tmp_path / "long.mp4", seconds=95, gop=250), out, decord=decord)
+    bounds = [(segment.start, segment.end) for segment in video.segments]
+    assert np.allclose(bounds, [(0, 23.75), (23.75, 47.5), (47.5, 71.25), (71.25, 95)])
+    assert video.facts.decoder == ("decord" if decord else "pyav")
+    for segment in video.segments:
+        assert np.abs(shown(segment, out) - centres(segment)).max() < 0.15
+        assert abs(time_shown(out / segment.thumbnail_file) - centres(segment)[6]) < 0.15
+
+
+def test_a_video_as_long_as_a_segment_is_one_segment(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", seconds=2)
+    assert len(decode(path, out, Sampling(segment_seconds=2.0)).segments) == 1
+
+
+def test_decord_and_pyav_give_the_same_files(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    video = decode(path, out)
+    again = tmp_path / "again"
+    again.mkdir()
+    other = decode(path, again, decord=False)
+    assert (video.facts.decoder, other.facts.decoder) == ("decord", "pyav")
+    assert other == replace(video, facts=replace(video.facts, decoder="pyav"))
+    assert all((again / file.name).read_bytes() == file.read_bytes() for file in out.iterdir())
+
+
+@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize(("rotation", "size"), [(-90, (160, 120)), (90, (160, 120)), (180, (160, 120))])
+def test_a_rotated_video_comes_out_as_it_is_shown(
+    tmp_path: Path, out: Path, rotation: int, size: tuple[int, int], decord: bool
+) -> None:
+    def stored(seconds: float, size: tuple[int, int]) -> np.ndarray:
+        upright = corner(seconds, size if rotation == 180 else size[::-1])
+        return np.ascontiguousarray(np.rot90(upright, -rotation // 90))
+
+    video = decode(write_video(tmp_path / "a.mp4", picture=stored, rotation=rotation), out, decord=decord)
+    expected = size if rotation == 180 else size[::-1]
+    assert (video.facts.width, video.facts.height) == expected
+    with Image.open(out / video.segments[0].frame_files[3]) as image:
+        assert image.size == expected
+        picture = np.asarray(image).astype(int)
+    assert picture[5, 5, 0] > 230 > 30 > picture[5, 5, 1]
+    assert np.abs(picture[-5, -5] - 128).max() < 10
+
+
+def test_a_display_matrix_of_garbage_turns_nothing(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", picture=corner, matrix=[123456, -7, 0, 99999999, 5, 0, 0, 0, 1 << 30])
+    facts = decode(path, out).facts
+    assert (facts.width, facts.height) == (160, 120)
+
+
+@pytest.mark.parametrize("decord", [True, False])
+def test_a_variable_frame_rate_is_sampled_by_time_and_not_by_number(tmp_path: Path, out: Path, decord: bool) -> None:
+    times = [0, 0.04, 0.08, 0.12, 1.0, 3.0, 3.04, 6.0]
+    video = decode(write_video(tmp_path / "a.mp4", times=times), out, decord=decord)
+    expected = [max(time for time in times if time <= centre) for centre in centres(video.segments[0])]
+    assert np.abs(shown(video.segments[0], out) - expected).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+def test_a_single_frame_is_repeated_twelve_times(tmp_path: Path, out: Path, name: str) -> None:
+    codec = "libvpx-vp9" if name.endswith("webm") else "libx264"
+    video = decode(write_video(tmp_path / name, codec=codec, times=[0]), out)
+    assert video.facts.frames == 1 and video.facts.duration > 0
+    assert len({(out / name).read_bytes() for name in video.segments[0].frame_files}) == 1
+    assert len(video.segments[0].frame_files) == 12
+
+
+def test_odd_and_tiny_pictures_are_kept_as_they_are(tmp_path: Path, out: Path) -> None:
+    odd = decode(write_video(tmp_path / "a.webm", codec="libvpx-vp9", size=(161, 121)), out)
+    assert (odd.facts.width, odd.facts.height) == (161, 121)
+    tiny = decode(write_video(tmp_path / "a.mkv", codec="ffv1", pixels="yuv444p", size=(1, 1)), out)
+    with Image.open(out / tiny.segments[0].thumbnail_file) as image:
+        assert image.size == (1, 1)
+
+
+def test_large_pictures_are_scaled_down_and_small_ones_never_up(tmp_path: Path, out: Path) -> None:
+    video = decode(write_video(tmp_path / "a.mp4", size=(960, 540), seconds=0.4), out)
+    with Image.open(out / video.segments[0].frame_files[0]) as frame, Image.open(out / "000-thumb.jpg") as thumbnail:
+        assert (frame.format, frame.size, thumbnail.size) == ("JPEG", (455, 256), (320, 180))
+    small = decode(write_video(tmp_path / "b.mp4"), out)
+    with Image.open(out / small.segments[0].frame_files[0]) as frame, Image.open(out / "000-thumb.jpg") as thumbnail:
+        assert frame.size == thumbnail.size == (160, 120)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9")])
+def test_of_a_truncated_file_the_real_end_counts_and_not_the_header(tmp_path: Path, out: Path, name: str, codec: str) -> None:
+    options = {"movflags": "faststart"} if name == "a.mp4" else {}
+    path = truncated(write_video(tmp_path / name, codec=codec, seconds=4, container_options=options), 0.6)
+    video = decode(path, out)
+    assert 1 < video.facts.duration < 3.5
+    assert video.segments[-1].end == video.facts.duration
+    assert np.abs(shown(video.segments[0], out) - centres(video.segments[0])).max() < 0.25
+
+
+def test_a_file_broken_in_its_middle_keeps_the_frames_before_and_after(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", seconds=8, container_options={"movflags": "faststart"})
+    video = decode(garbled(path, 0.5, 0.6), out)
+    assert video.facts.decoder == "pyav" and video.facts.frames < 200
+    error = np.abs(shown(video.segments[0], out) - centres(video.segments[0]))
+    assert error[0] < 0.2 and error[-2:].max() < 0.2 and np.median(error) < 0.2
+
+
+def test_a_header_without_duration_is_no_obstacle(tmp_path: Path, out: Path) -> None:
+    video = decode(write_video(tmp_path / "a.webm", codec="libvpx-vp9", container_options={"live": "1"}), out)
+    assert video.facts.duration == pytest.approx(2.0) and video.facts.decoder == "pyav"
+
+
+def test_what_is_not_a_video_says_so(tmp_path: Path, out: Path) -> None:
+    text, empty, picture = tmp_path / "text.mp4", tmp_path / "empty.mp4", tmp_path / "picture.mp4"
+    text.write_text("Dear sir, this is not a video.\n" * 100)
+    empty.touch()
+    Image.new("RGB", (64, 64)).save(picture, "JPEG")
+    assert code_of(text, out) == code_of(picture, out) == code_of(write_sound(tmp_path / "a.m4a"), out) == "unsupported_media"
+    assert code_of(empty, out) == "empty_file"
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8"])
+def test_a_playlist_cannot_make_the_decoder_read_other_files(tmp_path: Path, out: Path, name: str) -> None:
+    write_video(tmp_path / "other.mp4")
+    playlist = tmp_path / name
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.mp4\n#EXT-X-ENDLIST\n"
+    for text in (hls, "ffconcat version 1.0\nfile other.mp4\n"):
+        playlist.write_text(text)
+        assert code_of(playlist, out) == "unsupported_media"
+
+
+def test_the_cover_of_a_song_is_not_a_video(tmp_path: Path, out: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        image = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuvj420p")
+        image.pts = 0
+        container.mux([*cover.encode(image), *cover.encode(None)])
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.rate, silence.pts = 44100, 0
+        container.mux([*sound.encode(silence), *sound.encode(None)])
+    assert code_of(path, out) == "unsupported_media"
+
+
+def test_an_encrypted_video_says_so(tmp_path: Path, out: Path) -> None:
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb"}
+    path = write_video(tmp_path / "a.mp4", container_options=key | {"encryption_kid": "a7e61c373e219033c21091fa607bf3b8"})
+    assert code_of(path, out) == "unsupported_media"
+
+
+def test_a_video_without_one_frame_that_decodes_is_an_error_and_not_an_empty_video(tmp_path: Path, out: Path) -> None:
+    options = {"movflags": "faststart"}
+    garbage = garbled(write_video(tmp_path / "a.mp4", times=[0, 0.04], container_options=options), 0.55, 1.0)
+    header = write_video(tmp_path / "b.mp4", container_options=options)
+    header.write_bytes(header.read_bytes().partition(b"mdat")[0] + b"mdat")
+    assert code_of(garbage, out) == code_of(header, out) == "no_frames"
+    assert not list(out.iterdir())
+
+
+def test_too_long_and_too_large_are_refused_before_any_frame_is_written(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    assert code_of(path, out, max_seconds=1.5) == "video_too_long"
+    assert code_of(path, out, max_pixels=160 * 119) == "video_too_large"
+    wide = write_video(tmp_path / "b.mkv", codec="ffv1", pixels="yuv444p", size=(20_000, 1), times=[0])
+    assert code_of(wide, out) == "video_too_large"
+    assert not list(out.iterdir())
+
+
+def test_probe_tells_the_facts_of_a_turned_video(tmp_path: Path) -> None:
+    facts = probe(write_video(tmp_path / "a.mp4", picture=sideways, rotation=-90, codec="libx265"))
+    assert (facts.duration, facts.width, facts.height, facts.fps) == (2.0, 120, 160, 25.0)
+    assert (facts.codec, facts.frames) == ("hevc", 50) and "mp4" in facts.container
+
+
+def test_the_result_survives_json_and_foreign_file_names_do_not(tmp_path: Path, out: Path) -> None:
+    video = decode(write_video(tmp_path / "a.mp4", picture=clock), out)
+    data = json.loads(json.dumps(video.to_dict()))
+    assert DecodedVideo.from_dict(data) == video
+    data["segments"][0]["thumbnail_file"] = "../../secret.jpg"
+    with pytest.raises(ValueError, match="name"):
+        DecodedVideo.from_dict(data)
+
+
+def test_a_missing_file_is_our_fault_and_not_a_decode_error(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "missing.mp4", out)

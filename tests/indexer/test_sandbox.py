@@ -1,0 +1,269 @@
+"""The cage holds: each way in which a decoding can go wrong, made to go wrong for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from videos import time_shown, write_video
+
+from indexer.decode import DecodeError, Sampling
+from indexer.sandbox import Limits, Sandbox
+
+SLOW = Sampling(frames_per_segment=250, short_side=720)  # of the video `large`: some seconds of work
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("videos") / "small.mp4")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)  # a lot of work for its size
+
+    def picture(seconds: float, size: tuple[int, int]) -> np.ndarray:
+        return np.roll(noise, round(400 * seconds), axis=1)
+
+    return write_video(tmp_path_factory.mktemp("videos") / "large.mp4", seconds=10, size=(1280, 720), picture=picture)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def zygote_of(sandbox: Sandbox) -> int:
+    wait_for(lambda: sandbox._zygote)
+    assert sandbox._zygote is not None
+    return sandbox._zygote.pid
+
+
+def fork_of(sandbox: Sandbox) -> int:
+    zygote = zygote_of(sandbox)
+    wait_for(lambda: children(zygote))
+    return children(zygote)[0]
+
+
+class Call(threading.Thread):
+    """A decoding in a thread of its own, with its outcome."""
+
+    def __init__(self, sandbox: Sandbox, path: Path, out: Path, sampling: Sampling = SLOW) -> None:
+        super().__init__()
+        self.call = lambda: sandbox.decode(path, out, sampling)
+        self.outcome: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.call()
+        except Exception as error:
+            self.outcome = error
+
+    def result(self) -> object:
+        self.join(60)
+        assert not self.is_alive()
+        return self.outcome
+
+
+def code_of(error: object) -> str:
+    assert isinstance(error, DecodeError), error
+    return error.code
+
+
+def decode_fails(sandbox: Sandbox, path: Path, out: Path, sampling: Sampling = SLOW) -> str:
+    with pytest.raises(DecodeError) as caught:
+        sandbox.decode(path, out, sampling)
+    return caught.value.code
+
+
+def test_a_video_comes_through_the_cage_with_its_frames(sandbox: Sandbox, small: Path, out: Path) -> None:
+    video = sandbox.decode(small, out)
+    assert video.facts.decoder == "decord" and len(video.segments[0].frame_files) == 12
+    assert abs(time_shown(out / video.segments[0].frame_files[6]) - 13 / 12) < 0.2
+
+
+def test_the_faults_of_a_file_come_through_with_their_codes(sandbox: Sandbox, small: Path, out: Path) -> None:
+    text = out.parent / "text.mp4"
+    text.write_text("no video")
+    assert decode_fails(sandbox, text, out) == "unsupported_media"
+    assert decode_fails(sandbox, small, out, Sampling(max_seconds=1)) == "video_too_long"
+
+
+def test_a_fault_of_ours_is_not_blamed_on_the_file(sandbox: Sandbox, small: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        sandbox.decode(small, tmp_path / "no such folder")
+
+
+def test_one_zygote_without_threads_serves_all_calls(sandbox: Sandbox, small: Path, tmp_path: Path) -> None:
+    pids = set()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        sandbox.decode(small, tmp_path / name)
+        pids.add(zygote_of(sandbox))
+    [pid] = pids
+    assert len(os.listdir(f"/proc/{pid}/task")) == 1
+    assert {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")} == {0, 1, 2}
+
+
+def test_a_decoding_that_hangs_is_ended_by_the_clock_and_the_next_one_works(large: Path, small: Path, out: Path) -> None:
+    with Sandbox(Limits(wall_seconds=0.5)) as sandbox:
+        start = time.monotonic()
+        assert decode_fails(sandbox, large, out) == "decode_timeout"
+        assert time.monotonic() - start < 10
+        zygote = zygote_of(sandbox)
+        assert children(zygote) == []
+        (out.parent / "next").mkdir()
+        sandbox.decode(small, out.parent / "next")
+        assert zygote_of(sandbox) == zygote
+
+
+def test_a_decoding_that_spends_too_much_cpu_time_is_a_timeout(large: Path, out: Path) -> None:
+    with Sandbox(Limits(cpu_seconds=1)) as sandbox:
+        assert decode_fails(sandbox, large, out) == "decode_timeout"
+
+
+def test_a_decoding_that_needs_too_much_memory_says_so(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "8k.mp4", size=(7680, 4320), times=[0])
+    with Sandbox(Limits(memory_bytes=400 << 20)) as sandbox:
+        assert decode_fails(sandbox, path, out, Sampling()) == "decode_out_of_memory"
+
+
+def test_a_file_larger_than_allowed_is_not_written(small: Path, out: Path) -> None:
+    with Sandbox(Limits(output_bytes=100)) as sandbox:
+        assert decode_fails(sandbox, small, out, Sampling()) == "decode_crashed"
+    assert all(file.stat().st_size <= 100 for file in out.iterdir())
+
+
+def test_a_crash_under_decord_is_tried_again_with_pyav(sandbox: Sandbox, large: Path, out: Path) -> None:
+    call = Call(sandbox, large, out, Sampling(frames_per_segment=60, short_side=720))
+    os.kill(fork_of(sandbox), signal.SIGSEGV)
+    video = call.result()
+    assert video.facts.decoder == "pyav", video  # type: ignore[attr-defined]
+    assert len(list(out.iterdir())) == 61
+
+
+def test_a_decoder_that_crashes_each_time_is_an_error_and_the_zygote_lives_on(
+    sandbox: Sandbox, large: Path, small: Path, out: Path, tmp_path: Path
+) -> None:
+    call = Call(sandbox, large, out)
+    first = fork_of(sandbox)
+    os.kill(first, signal.SIGSEGV)
+    wait_for(lambda: fork_of(sandbox) != first)
+    os.kill(fork_of(sandbox), signal.SIGABRT)
+    assert code_of(call.result()) == "decode_crashed"
+    zygote = zygote_of(sandbox)
+    (tmp_path / "next").mkdir()
+    sandbox.decode(small, tmp_path / "next")
+    assert zygote_of(sandbox) == zygote
+
+
+def test_a_zygote_killed_between_two_calls_is_replaced(sandbox: Sandbox, small: Path, out: Path, tmp_path: Path) -> None:
+    sandbox.decode(small, out)
+    os.kill(zygote := zygote_of(sandbox), signal.SIGKILL)
+    (tmp_path / "next").mkdir()
+    assert sandbox.decode(small, tmp_path / "next").facts.frames == 50
+    assert zygote_of(sandbox) != zygote
+
+
+def test_a_zygote_killed_during_a_call_takes_its_fork_along_and_the_call_still_succeeds(
+    sandbox: Sandbox, large: Path, out: Path
+) -> None:
+    call = Call(sandbox, large, out, Sampling(frames_per_segment=60, short_side=720))
+    fork = fork_of(sandbox)
+    os.kill(zygote_of(sandbox), signal.SIGKILL)
+    wait_for(lambda: not alive(fork))
+    video = call.result()
+    assert video.facts.decoder == "decord", video  # type: ignore[attr-defined]
+
+
+def test_two_threads_share_a_sandbox_and_meet_only_their_own_folders(sandbox: Sandbox, small: Path, tmp_path: Path) -> None:
+    other = write_video(tmp_path / "other.mp4", size=(64, 48), seconds=1)
+    folders = [tmp_path / str(n) for n in range(8)]
+    for folder in folders:
+        folder.mkdir()
+    bystander = tmp_path / "000-00.jpg"
+    bystander.write_text("not touched")
+    calls = [Call(sandbox, (small, other)[n % 2], folder, Sampling()) for n, folder in enumerate(folders)]
+    for n, call in enumerate(calls):
+        assert call.result().facts.width == (160, 64)[n % 2]  # type: ignore[attr-defined]
+        assert len(list(folders[n].iterdir())) == 13
+    assert bystander.read_text() == "not touched"
+
+
+def test_the_decoder_inherits_no_secret_no_open_file_and_has_its_limits(
+    sandbox: Sandbox, large: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYCLIP_SECRET", "hush")
+    with (tmp_path / "open").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        call = Call(sandbox, large, out)
+        fork = fork_of(sandbox)
+        wait_for(lambda: any(out.iterdir()))
+        environment = Path(f"/proc/{fork}/environ").read_bytes()
+        files = [os.readlink(f"/proc/{fork}/fd/{fd}") for fd in os.listdir(f"/proc/{fork}/fd")]
+        limits = Path(f"/proc/{fork}/limits").read_text().splitlines()
+        os.kill(zygote_of(sandbox), signal.SIGSTOP)  # nothing is restarted while the sandbox is closed
+        sandbox.close()
+        assert isinstance(call.result(), RuntimeError)
+    assert b"hush" not in environment and b"HOME=/nonexistent" in environment
+    assert str(tmp_path / "open") not in files and os.devnull in files
+    found = {line[:26].strip(): line[26:].split()[0] for line in limits}
+    assert found["Max address space"] == str(2 << 30) and found["Max core file size"] == "0"
+    assert found["Max cpu time"] == "300" and found["Max file size"] == str(64 << 20)
+
+
+def test_closing_ends_a_decoding_under_way(large: Path, out: Path) -> None:
+    sandbox = Sandbox()
+    call = Call(sandbox, large, out)
+    fork, zygote = fork_of(sandbox), zygote_of(sandbox)
+    sandbox.close()
+    assert isinstance(call.result(), RuntimeError)
+    wait_for(lambda: not alive(fork) and not alive(zygote))
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.decode(large, out)
+
+
+def test_nothing_outlives_a_parent_that_is_killed(large: Path, out: Path) -> None:
+    program = "import sys; from pathlib import Path; from indexer.sandbox import *; from indexer.decode import *\n"
+    program += f"Sandbox().decode(Path({str(large)!r}), Path({str(out)!r}), Sampling(frames_per_segment=250, short_side=720))"
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    wait_for(lambda: children(parent.pid))
+    zygote = children(parent.pid)[0]
+    wait_for(lambda: children(zygote))
+    fork = children(zygote)[0]
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(fork) and not alive(zygote))
