@@ -53,9 +53,10 @@ class Backbone:
     ) -> None:
         self.name = name
         self.device = torch.device(device)
-        self._model: Any = model.float().eval().requires_grad_(False).to(self.device)
-        self._visual: Any = self._model.visual
-        self._text: Any = getattr(self._model, "text", self._model)  # CustomTextCLIP keeps its text tower apart
+        frozen: Any = model.float().eval().requires_grad_(False).to(self.device)
+        self._model = frozen
+        self._visual = frozen.visual
+        self._text = getattr(frozen, "text", frozen)  # CustomTextCLIP keeps its text tower apart
         self._tokenizer = tokenizer
         self._check_architecture()
         visual_blocks, text_blocks = self._visual.transformer.resblocks, self._text.transformer.resblocks

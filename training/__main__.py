@@ -130,16 +130,19 @@ def _print_json(event: dict[str, Any]) -> None:
 
 
 class _JsonLines:
-    """Every validation, and at most four steps a second."""
+    """Every validation, and at most four steps a second. Ends the process when its parent has died."""
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._parent = os.getppid()
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def report(self, event: dict[str, Any]) -> None:
+        if os.getppid() != self._parent:
+            raise SystemExit(1)
         now = time.monotonic()
         if event["event"] != "step" or now - self._last > 0.25 or event["step"] == event["steps"]:
             self._last = now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -134,11 +135,8 @@ def sample_frames(
     cached = pixels.shape[1]
     if count >= cached:
         return pixels[clips]
-    edges = np.linspace(0, cached, count + 1)
-    picks = np.stack(
-        [rng.integers(np.floor(low), max(np.floor(low) + 1, np.ceil(high)), len(clips)) for low, high in zip(edges, edges[1:], strict=False)],
-        axis=1,
-    )  # (B, count)
+    edges = np.floor(np.linspace(0, cached, count + 1))
+    picks = np.stack([rng.integers(low, max(low + 1, high), len(clips)) for low, high in pairwise(edges)], axis=1)  # (B, count)
     return np.stack([pixels[clip][pick] for clip, pick in zip(clips, picks, strict=True)])
 
 

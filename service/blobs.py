@@ -1,0 +1,145 @@
+"""Videos, frames, thumbnails and adapters under one root URL: local files by default, an object store by URL.
+
+Keys are made of ids and digests, never of what a client sent. `put` and `put_file` return when the bytes are on disk:
+on local files by fsync of the file and its folder, in an object store by the store's own word.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.store import from_url
+
+CHUNK = 1024 * 1024
+
+
+class BlobMissing(LookupError):
+    """There is no blob of this key."""
+
+
+def video_key(collection: str, video: str) -> str:
+    return f"videos/{collection}/{video}"
+
+
+def frames_key(collection: str, video: str) -> str:
+    return f"frames/{collection}/{video}.zip"
+
+
+def thumbnail_key(collection: str, video: str, ordinal: int) -> str:
+    return f"thumbnails/{collection}/{video}/{ordinal:04d}.jpg"
+
+
+def adapter_key(collection: str, digest: str) -> str:
+    return f"adapters/{collection}/{digest}.safetensors"
+
+
+class Blobs:
+    """One root; `scratch` must be on the same file system as a local root."""
+
+    def __init__(self, root: str, scratch: Path) -> None:
+        self.root = root
+        self._scratch = scratch
+        parts = urlsplit(root)
+        self._folder = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        scratch.mkdir(parents=True, exist_ok=True)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._store: Any = from_url(root)
+
+    def put(self, key: str, data: bytes) -> None:
+        with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
+            file.write(data)
+        self.put_file(key, Path(file.name))
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Moves a file of the scratch folder in; it replaces a blob of the same key in one step."""
+        if self._folder is None:
+            with path.open("rb") as file:
+                obstore.put(self._store, key, file)
+            path.unlink()
+            return
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        target = self._folder / key
+        for folder in reversed([p for p in target.parents if not p.exists()]):
+            folder.mkdir(exist_ok=True)
+            _sync_folder(folder.parent)
+        os.replace(path, target)
+        _sync_folder(target.parent)
+
+    def get(self, key: str) -> bytes:
+        """Raises BlobMissing."""
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
+            raise BlobMissing(key) from error
+
+    def size(self, key: str) -> int:
+        """Bytes of a blob. Raises BlobMissing."""
+        try:
+            return int(obstore.head(self._store, key)["size"])
+        except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
+            raise BlobMissing(key) from error
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except BlobMissing:
+            return False
+        return True
+
+    def stream(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` up to `end`, in chunks."""
+        for position in range(start, end, CHUNK):
+            yield bytes(obstore.get_range(self._store, key, start=position, end=min(end, position + CHUNK)))
+
+    def delete(self, key: str) -> None:
+        """A missing blob is no error: deleting twice is harmless."""
+        try:
+            obstore.delete(self._store, key)
+        except (FileNotFoundError, obstore.exceptions.NotFoundError):
+            return
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys under `prefix`, which ends with a slash."""
+        return [item["path"] for batch in obstore.list(self._store, prefix) for item in batch]
+
+    @contextmanager
+    def local(self, key: str) -> Iterator[Path]:
+        """A local file with the blob's bytes, for the length of the block. Raises BlobMissing."""
+        if self._folder is not None:
+            path = self._folder / key
+            if not path.is_file():
+                raise BlobMissing(key)
+            yield path
+            return
+        with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
+            path = Path(file.name)
+            try:
+                for chunk in self.stream(key, 0, self.size(key)):
+                    file.write(chunk)
+                file.flush()
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+
+    def clear_scratch(self) -> None:
+        """Removes what earlier processes left half-way. Only while no other process of this data folder runs."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

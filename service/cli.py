@@ -1,0 +1,327 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+adapters = typer.Typer(no_args_is_help=True, help="Adapters of a collection.")
+app.add_typer(adapters, name="adapters")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Data = Annotated[Path | None, typer.Option(help="data folder (POLYCLIP_DATA; default ./polyclip-data)")]
+Backbone = Annotated[str | None, typer.Option(help="builtin, or an open_clip model such as ViT-B-32")]
+Pretrained = Annotated[str | None, typer.Option(help="its weights: a tag, a file, or 'random'")]
+TenantName = Annotated[str, typer.Option(help="whose collection it is")]
+CollectionName = Annotated[str, typer.Option(help="the collection's name")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
+    from service.mistakes import explain
+
+    try:
+        app()
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        err.print(f"error: {line}", style="red", markup=False)
+        sys.exit(1)
+
+
+def settings_from(data: Path | None, **values: Any) -> Settings:
+    """Settings from the environment, with what the command line gives on top."""
+    from service.settings import Settings
+
+    given = {name: value for name, value in values.items() if value is not None}
+    if data is not None:
+        given["data"] = data
+    return Settings(**given)
+
+
+@app.command()
+def serve(
+    data: Data = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8000,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="do not start the embedded worker")] = False,
+) -> None:
+    """Run the API, the web page and, unless told otherwise, one supervised worker."""
+    from service.serve import serve as run
+
+    run(settings_from(data, backbone=backbone, pretrained=pretrained), host, port, worker=not no_worker)
+
+
+@app.command()
+def worker(
+    data: Data = None,
+    queues: Annotated[str, typer.Option(help="which queues to take jobs from")] = "index,reembed,train",
+) -> None:
+    """Run a worker alone."""
+    from service.jobs import CONCURRENCY
+    from service.worker import run
+
+    wanted = [queue.strip() for queue in queues.split(",")]
+    if unknown := [queue for queue in wanted if queue not in CONCURRENCY]:
+        raise typer.BadParameter(f"unknown queue {unknown[0]!r}: take from {', '.join(CONCURRENCY)}")
+    run(settings_from(data), wanted)
+
+
+@app.command()
+def index(
+    paths: Annotated[list[Path], typer.Argument(help="video files, or folders of them")],
+    collection: CollectionName,
+    captions: Annotated[Path | None, typer.Option(help='JSONL: {"file": …, "captions": […]} a line')] = None,
+    tenant: TenantName = "default",
+    data: Data = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index videos without a running service: the same code, the same records. May be run again."""
+    from service.offline import index_files
+
+    settings = settings_from(data, backbone=backbone, pretrained=pretrained)
+    report = index_files(settings, tenant, collection, paths, captions, console=None if as_json else err)
+    if as_json:
+        out.print_json(data=report)
+    else:
+        for failure in report["failed"]:
+            err.print(f"failed: {failure['file']}: {failure['error']['detail']}", style="yellow", markup=False)
+        line = f"{report['ready']} ready, {report['duplicates']} there already, {len(report['failed'])} failed"
+        out.print(f"{collection}: {line}, {report['seconds']:.1f} s", markup=False)
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    text: str,
+    collection: CollectionName,
+    tenant: TenantName = "default",
+    limit: Annotated[int, typer.Option(min=1, max=50, help="number of hits")] = 10,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search a collection without a running service."""
+    from service.offline import search_collection
+
+    found = search_collection(settings_from(data), tenant, collection, text, limit)
+    hits = found.hits[:limit]
+    if as_json:
+        rows = [
+            {"rank": i, "score": h.score, "video_id": h.video.id, "start": h.start, "end": h.end, "filename": h.video.filename}
+            for i, h in enumerate(hits, start=1)
+        ]
+        out.print_json(data={"data": rows, "truncated": found.truncated})
+        return
+    if found.truncated:
+        err.print("note: the text is too long for the backbone; its end was cut off", style="yellow")
+    table = Table("rank", "score", "file", "from", "to", "video")
+    for i, hit in enumerate(hits, start=1):
+        table.add_row(str(i), f"{hit.score:.4f}", hit.video.filename, f"{hit.start:.1f}", f"{hit.end:.1f}", hit.video.id)
+    out.print(table)
+
+
+@app.command()
+def train(
+    collection: CollectionName,
+    tenant: TenantName = "default",
+    recipe: Annotated[str, typer.Option(help="recipe fields as a JSON object")] = "{}",
+    scope: Annotated[str | None, typer.Option(help="both, text or vision")] = None,
+    activate: Annotated[str, typer.Option(help="if_better, always or never")] = "if_better",
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter for a collection, without a running service, and activate it if it is better."""
+    from service.offline import train_collection
+
+    if activate not in ("if_better", "always", "never"):
+        raise typer.BadParameter("--activate is if_better, always or never")
+    try:
+        fields = json.loads(recipe)
+    except ValueError:
+        raise typer.BadParameter("--recipe must be a JSON object") from None
+    if not isinstance(fields, dict):
+        raise typer.BadParameter("--recipe must be a JSON object")
+    if scope is not None:
+        fields["scope"] = scope
+    result = train_collection(settings_from(data), tenant, collection, fields, activate, None if as_json else err)
+    if as_json:
+        out.print_json(data=result)
+        return
+    before, after = (result["metrics"][side]["text_to_video"] for side in ("before", "after"))
+    table = Table("validation", "R@1", "R@5", "R@10", "MdR")
+    for name, recall in (("frozen backbone", before), (f"adapter {result['digest'][:12]}", after)):
+        table.add_row(name, *(f"{recall[key]:g}" for key in ("R@1", "R@5", "R@10", "MdR")))
+    out.print(table)
+    out.print(f"{'activated' if result['activated'] else 'not activated'}: {result['reason']}", markup=False)
+
+
+@app.command()
+def evaluate(
+    collection: CollectionName,
+    tenant: TenantName = "default",
+    split: Annotated[str, typer.Option(help="validation or all")] = "validation",
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recall of a collection's own captions, as its searches stand now."""
+    from service.offline import evaluate_collection
+
+    if split not in ("validation", "all"):
+        raise typer.BadParameter("--split is validation or all")
+    result = evaluate_collection(settings_from(data), tenant, collection, split)
+    if as_json:
+        out.print_json(data=result)
+        return
+    table = Table("", "R@1", "R@5", "R@10", "MdR", "MnR", "queries", "gallery")
+    for name in ("text_to_video", "video_to_text"):
+        table.add_row(name.replace("_", " "), *(f"{value:g}" for value in result[name].values()))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    data: Annotated[Path, typer.Option(help="data folder of the demo")] = Path("polyclip-demo"),
+    port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8000,
+    check: Annotated[bool, typer.Option("--check", help="check the whole way through HTTP, then end")] = False,
+) -> None:
+    """Make the demo world, index it, train an adapter, and serve it all with a web page."""
+    from service.demo import run
+
+    raise typer.Exit(run(data, port, check))
+
+
+@app.command()
+def encode(
+    to: Annotated[Path, typer.Option("--out", help="where to write the vectors, .npy float32")],
+    backbone: Annotated[str, typer.Option(help="builtin, or an open_clip model")] = "builtin",
+    pretrained: Pretrained = None,
+    adapter: Annotated[Path | None, typer.Option(help="an adapter file, safetensors")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text; may be given several times")] = None,
+    frames: Annotated[Path | None, typer.Option(help=".npy (N, 3, H, W) float32, already normalised, or uint8")] = None,
+) -> None:
+    """Raw vectors of texts or frames, unnormalised."""
+    from service.offline import encode as run
+
+    if (text is None) == (frames is None):
+        raise typer.BadParameter("give either --text or --frames")
+    shape = run(backbone, pretrained, adapter, text, frames, to)
+    out.print(f"{to}: {shape[0]} vectors of {shape[1]}", markup=False)
+
+
+@app.command()
+def settings(as_json: AsJson = False) -> None:
+    """Every setting: its environment variable, its value now, what it is for."""
+    from service.settings import Settings
+
+    now = Settings()
+    rows = [
+        (f"POLYCLIP_{name.upper()}", _masked(name, getattr(now, name)), field.description or "")
+        for name, field in Settings.model_fields.items()
+    ]
+    if as_json:
+        out.print_json(data={name: value for name, value, _ in rows})
+        return
+    table = Table("variable", "value", "what it is for")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@app.command()
+def doctor(data: Data = None, backbone: Backbone = None, pretrained: Pretrained = None, as_json: AsJson = False) -> None:
+    """Check what is installed and reachable, and say how to mend what is not."""
+    from service.doctor import examine
+
+    findings = examine(settings_from(data, backbone=backbone, pretrained=pretrained))
+    if as_json:
+        out.print_json(data=[{"what": f.what, "ok": f.ok, "detail": f.detail} for f in findings])
+    else:
+        for finding in findings:
+            out.print("[green]ok  [/]" if finding.ok else "[red]BAD [/]", f"{finding.what}: {finding.detail}", markup=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@adapters.command("list")
+def adapters_list(collection: CollectionName, tenant: TenantName = "default", data: Data = None, as_json: AsJson = False) -> None:
+    """The adapters of a collection."""
+    from service.offline import adapter_versions
+
+    versions = adapter_versions(settings_from(data), tenant, collection)
+    if as_json:
+        out.print_json(data=versions)
+        return
+    table = Table("id", "version", "active", "scope", "parameters", "R@1 before", "R@1 after", "created")
+    for v in versions:
+        recalls = [str(v["metrics"].get(side, {}).get("text_to_video", {}).get("R@1", "-")) for side in ("before", "after")]
+        active = "yes" if v["active"] else ""
+        table.add_row(v["id"], str(v["version"]), active, v["scope"], f"{v['parameters']:,}", *recalls, v["created_at"][:19])
+    out.print(table)
+
+
+@adapters.command("show")
+def adapters_show(
+    adapter_id: str, collection: CollectionName, tenant: TenantName = "default", data: Data = None
+) -> None:
+    """The manifest of an adapter."""
+    from service.offline import adapter_versions
+
+    found = [v for v in adapter_versions(settings_from(data), tenant, collection, manifests=True) if v["id"] == adapter_id]
+    if not found:
+        err.print(f"error: there is no adapter {adapter_id!r}", style="red", markup=False)
+        raise typer.Exit(1)
+    out.print_json(data=found[0])
+
+
+@adapters.command("export")
+def adapters_export(
+    adapter_id: str,
+    collection: CollectionName,
+    to: Annotated[Path, typer.Option("--out", help="file to write, safetensors")],
+    tenant: TenantName = "default",
+    data: Data = None,
+) -> None:
+    """Write an adapter's file."""
+    from service.offline import export_adapter
+
+    size = export_adapter(settings_from(data), tenant, collection, adapter_id, to)
+    out.print(f"{to}: {size:,} bytes", markup=False)
+
+
+@adapters.command("import")
+def adapters_import(
+    file: Path, collection: CollectionName, tenant: TenantName = "default", data: Data = None
+) -> None:
+    """Publish an adapter file as a collection's next version."""
+    from service.offline import import_adapter
+
+    version = import_adapter(settings_from(data), tenant, collection, file)
+    out.print(f"{version.id}: version {version.version}, sha256 {version.digest[:12]}", markup=False)
+
+
+def _masked(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return "(set)" if name == "root_key" else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What an exception of the house looks like over HTTP: RFC 9457 problem documents with stable codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from adapters_store import AdapterMismatch, InvalidAdapter
+from backbone.batcher import BatcherFull
+from indexer.frames import DamagedFrames
+from service.blobs import BlobMissing
+from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
+from service.filters import InvalidFilter
+from service.idempotency import KeyReused
+from service.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow
+from service.learning import TooFewCaptions
+from service.paging import InvalidPageToken
+from service.runtime import OtherBackbone
+from service.search import EmptyText
+from service.uploads import EmptyFile, FileTooLarge, InvalidUpload, UnsupportedMedia
+from training.recipe import InvalidRecipe
+
+log = structlog.get_logger()
+
+STATUS: dict[type[Exception], tuple[int, str]] = {
+    MissingKey: (401, "missing_key"),
+    InvalidKey: (401, "invalid_key"),
+    RoleTooLow: (403, "role_too_low"),
+    InvalidSignature: (403, "invalid_signature"),
+    QuotaExceeded: (403, "quota_exceeded"),
+    BlobMissing: (404, "file_missing"),
+    TooFewCaptions: (409, "too_few_captions"),
+    FileTooLarge: (413, "video_too_large"),
+    UnsupportedMedia: (415, "unsupported_media"),
+    EmptyFile: (422, "empty_file"),
+    InvalidUpload: (422, "invalid_upload"),
+    InvalidName: (422, "invalid_name"),
+    EmptyText: (422, "empty_text"),
+    InvalidRecipe: (422, "invalid_recipe"),
+    InvalidPageToken: (422, "invalid_page_token"),
+    InvalidAdapter: (422, "invalid_adapter"),
+    AdapterMismatch: (422, "adapter_mismatch"),
+    KeyReused: (422, "idempotency_key_reused"),
+    OtherBackbone: (503, "other_backbone"),
+    DamagedFrames: (503, "frames_damaged"),
+    BatcherFull: (503, "overloaded"),
+    OperationalError: (503, "database_unavailable"),
+}
+PLAIN = {404: "not_found", 405: "method_not_allowed"}
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error answer of `app` a problem document."""
+    for kind, (status, code) in STATUS.items():
+        app.add_exception_handler(kind, _handler(status, code))
+    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(AlreadyExists, _already_exists)
+    app.add_exception_handler(InvalidFilter, _invalid_filter)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Exception, _internal)
+
+
+def problem(
+    request: Request,
+    status: int,
+    code: str,
+    detail: str,
+    errors: Sequence[Mapping[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A problem document (RFC 9457)."""
+    body: dict[str, Any] = {
+        "type": f"urn:polyclip:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": getattr(request.state, "request_id", ""),
+    }
+    if errors:
+        body["errors"] = list(errors)
+    extra = dict(headers or {})
+    if status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        extra.setdefault("Retry-After", "2")
+    return JSONResponse(body, status, extra, media_type="application/problem+json")
+
+
+def _handler(status: int, code: str) -> Any:
+    def handle(request: Request, error: Exception) -> Response:
+        detail = "the database does not answer" if isinstance(error, OperationalError) else str(error)
+        return problem(request, status, code, detail)
+
+    return handle
+
+
+def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NotFound)
+    return problem(request, 404, f"{error.what}_not_found", str(error))
+
+
+def _already_exists(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AlreadyExists)
+    return problem(request, 409, f"{error.what}_exists", str(error))
+
+
+def _invalid_filter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidFilter)
+    return problem(request, 422, "invalid_filter", str(error), [{"pointer": error.pointer, "detail": str(error)}])
+
+
+def _invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    places = [
+        {"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()
+    ]
+    detail = "; ".join(f"{place['pointer'] or 'body'}: {place['detail']}" for place in places)
+    return problem(request, 422, "invalid_request", detail, places)
+
+
+def _plain(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = PLAIN.get(error.status_code, "invalid_request")
+    return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
+
+
+def _internal(request: Request, error: Exception) -> Response:
+    log.exception("request_failed", path=request.url.path, exc_info=error)
+    return problem(request, 500, "internal", "this is our fault; the log tells more under the request id")

@@ -1,0 +1,212 @@
+"""The path of an adapter: captions out, `python -m training` as a child process, the new version in, gate, activation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import adapters_store
+from backbone import TEMPERATURE
+from indexer.index import rescore
+from service import catalog, generations
+from service.blobs import adapter_key, frames_key
+from service.catalog import AdapterVersion, Task
+from service.runtime import Runtime
+from training.evaluation import recall
+from training.recipe import Recipe
+
+MINIMUM_VIDEOS = 10
+TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
+
+
+class TooFewCaptions(ValueError):
+    """The collection has not enough captioned videos to train on."""
+
+
+class TrainingFailed(RuntimeError):
+    """The training process ended without an adapter; `code` and the message are its own words."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class Cancelled(RuntimeError):
+    """The task was cancelled by its owner."""
+
+
+def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
+    """Raises TooFewCaptions."""
+    videos = catalog.captioned_videos(connection, tenant, collection_id)
+    if videos < MINIMUM_VIDEOS:
+        raise TooFewCaptions(f"an adapter needs at least {MINIMUM_VIDEOS} ready videos with captions, there are {videos}")
+
+
+def train_adapter(runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None]) -> dict[str, Any]:
+    """Trains, publishes and, as `activate` asks, activates an adapter; returns the task's result.
+
+    May be run again after a crash: a version that has been trained is not trained again. `progress` may raise Cancelled.
+    """
+    collection_id = str(task.collection_id)
+    out = runtime.settings.scratch / f"train-{task.id}"
+    try:
+        if not (out / "manifest.json").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            _train(runtime, tenant, collection_id, task.request["recipe"], out, progress)
+        version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    metrics = version.manifest["metrics"]
+    before, after = (metrics[side]["text_to_video"]["R@1"] for side in ("before", "after"))
+    wanted = task.request["activate"]
+    reason = {
+        "always": "asked to activate in any case",
+        "never": "asked not to activate",
+        "if_better": f"validation R@1 is {after:g} with the adapter and {before:g} without one",
+    }[wanted]
+    activated = wanted == "always" or (wanted == "if_better" and after >= before)
+    result = {
+        "adapter_id": version.id,
+        "digest": version.digest,
+        "metrics": {"before": metrics["before"], "after": metrics["after"]},
+        "activated": activated,
+        "reason": reason,
+    }
+    if activated:
+        result["generation_id"] = activate(runtime, tenant, collection_id, version.id, progress)
+    return result
+
+
+def activate(
+    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, progress: Callable[[float, str], None]
+) -> str:
+    """`generations.activate` with the task's progress; returns the generation's id."""
+
+    def tell(done: int, total: int) -> None:
+        share = done / total if total else 1.0
+        progress(TRAINING + BUILDING * share, f"embedding {done} of {total} videos with the new adapter")
+
+    return generations.activate(runtime, tenant, collection_id, adapter_id, tell).id
+
+
+def publish(
+    runtime: Runtime, tenant: str, collection_id: str, data: bytes, manifest: adapters_store.Manifest
+) -> AdapterVersion:
+    """Stores an adapter as the collection's next version. Raises AdapterMismatch for an adapter of another backbone."""
+    adapters_store.unpack(data).adapter(runtime.backbone.fingerprint)
+    runtime.blobs.put(adapter_key(collection_id, manifest.digest), data)
+    with runtime.database.write() as connection:
+        if catalog.lock_collection(connection, tenant, collection_id) is None:
+            raise catalog.NotFound("collection", collection_id)
+        return catalog.add_adapter(connection, tenant, collection_id, manifest.to_json())
+
+
+def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) -> dict[str, Any]:
+    """Recall of the collection's captions over its stored vectors, with the adapter in use: what its searches see.
+
+    `split`: `validation`, the videos that the adapter in use was not trained on, or `all`. Raises TooFewCaptions.
+    """
+    with runtime.database.read() as connection:
+        collection, generation = catalog.active_generation(connection, tenant, collection_name)
+        held_out: set[str] | None = None
+        if split == "validation" and generation.adapter_id is not None:
+            manifest = catalog.adapter(connection, tenant, collection.id, generation.adapter_id).manifest
+            held_out = set(manifest["data"].get("validation_videos", ())) or None
+        videos = catalog.videos_of(connection, tenant, collection.id, "ready")
+        captions = catalog.captions_of(connection, tenant, [video.id for video in videos])
+        gallery = [v.id for v in videos if captions[v.id] and (held_out is None or v.id in held_out)]
+        vectors = catalog.video_vectors(connection, tenant, generation.vector_set, gallery)
+    gallery = [video for video in gallery if video in vectors]
+    if len(gallery) < 2:
+        raise TooFewCaptions(f"an evaluation needs at least 2 captioned videos, there are {len(gallery)}")
+    texts = [(column, caption.text) for column, video in enumerate(gallery) for caption in captions[video]]
+    adapter = runtime.adapter(generation)
+    tokens = runtime.backbone.tokenize([text for _, text in texts]).ids
+    queries = [future.result() for future in [runtime.texts.submit((row, adapter)) for row in tokens]]
+    frames = [segment for video in gallery for segment in vectors[video]]
+    owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
+    scores = np.stack([rescore(query, frames, TEMPERATURE) for query in queries])  # (captions, segments)
+    similarity = np.stack([scores[:, owners == i].max(axis=1) for i in range(len(gallery))], axis=1)  # best segment counts
+    targets = [column for column, _ in texts]
+    best = np.stack([similarity[np.asarray(targets) == i].max(axis=0) for i in range(len(gallery))], axis=1)
+    return {
+        "text_to_video": recall(similarity, targets).to_json(),
+        "video_to_text": recall(best, range(len(gallery))).to_json(),
+    }
+
+
+def _train(
+    runtime: Runtime,
+    tenant: str,
+    collection_id: str,
+    recipe: Mapping[str, Any],
+    out: Path,
+    progress: Callable[[float, str], None],
+) -> None:
+    Recipe.of(recipe)
+    with ExitStack() as stack:
+        dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl", stack)
+        command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
+        command += ["--backbone", runtime.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(runtime.device)]
+        if runtime.choice.pretrained is not None:
+            command += ["--pretrained", runtime.choice.pretrained]
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        stack.callback(_end, child)
+        last_words: deque[str] = deque(maxlen=20)
+        assert child.stderr is not None and child.stdout is not None
+        listener = threading.Thread(target=lambda: last_words.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
+        listener.start()
+        note = "preparing"
+        for line in child.stdout:
+            event = json.loads(line)
+            if event["event"] == "error":
+                raise TrainingFailed(event["code"], event["detail"])
+            if event["event"] == "validation":
+                note = f"validation R@1 {event['text_to_video']['R@1']:g}"
+            if event["event"] in ("step", "validation"):
+                progress(TRAINING * event["step"] / event["steps"], f"step {event['step']} of {event['steps']}, {note}")
+        if child.wait() != 0:
+            listener.join(timeout=1)
+            words = " ".join(last_words).split("\n")[-1].strip()
+            detail = f"the training process ended with status {child.returncode}. {words}"
+            raise TrainingFailed("training_crashed", detail[:500])
+
+
+def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path, stack: ExitStack) -> Path:
+    """The collection's ready, captioned videos as `training.dataset` reads them; blobs stay local while `stack` is open."""
+    with runtime.database.read() as connection:
+        check_captions(connection, tenant, collection_id)
+        videos = catalog.videos_of(connection, tenant, collection_id, "ready")
+        captions = catalog.captions_of(connection, tenant, [video.id for video in videos])
+    with path.open("w") as file:
+        for video in videos:
+            if captions[video.id]:
+                frames = stack.enter_context(runtime.blobs.local(frames_key(collection_id, video.id)))
+                texts = [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]]
+                file.write(json.dumps({"video": video.id, "frames": str(frames), "captions": texts}) + "\n")
+    return path
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+

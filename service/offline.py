@@ -1,0 +1,286 @@
+"""The commands that need no running service: the same functions over the same records, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from service import catalog, ingest, learning
+from service.blobs import adapter_key, video_key
+from service.catalog import AdapterVersion, Caption, Collection, NotFound, Tenant, Video
+from service.records import new_id, now
+from service.runtime import Runtime
+from service.search import Found, Searcher
+from service.settings import Settings
+from service.uploads import InvalidUpload
+
+SUFFIXES = frozenset(
+    [".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg", ".ogv", ".ts", ".vob", ".webm", ".wmv"]
+)
+
+
+class InvalidCaptions(ValueError):
+    """The captions file has a line that is not what it should be."""
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Runtime]:
+    runtime = Runtime(settings)
+    try:
+        runtime.prepare()
+        yield runtime
+    finally:
+        runtime.close()
+
+
+def index_files(
+    settings: Settings,
+    tenant_name: str,
+    collection_name: str,
+    paths: list[Path],
+    captions_file: Path | None,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Adds and indexes video files; tenant and collection are made where they are missing.
+
+    A file whose bytes are in the collection already is passed over, so that the command goes on where it was stopped.
+    """
+    started = time.monotonic()
+    captions = read_captions(captions_file) if captions_file is not None else {}
+    files = [file for path in paths for file in _videos_under(path)]
+    if unknown := sorted(set(captions) - {file.name for file in files}):
+        raise InvalidCaptions(f"{captions_file}: there is no video {unknown[0]!r} (and {len(unknown) - 1} more)")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        opened(settings) as runtime,
+        Progress(*columns, console=console, disable=console is None) as progress,
+        ThreadPoolExecutor(settings.decoders + 2) as pool,
+    ):
+        tenant, collection = _tenant_and_collection(runtime, tenant_name, collection_name)
+        bar = progress.add_task("indexing", total=len(files))
+        duplicates, failed, ready = 0, [], 0
+
+        def work(file: Path) -> tuple[Video, bool]:
+            video, fresh = _add_file(runtime, tenant, collection, file, captions.get(file.name, []))
+            if video.status in catalog.IN_PROGRESS:
+                ingest.index_video(runtime, tenant.id, video.id)
+            with runtime.database.read() as connection:
+                return catalog.video(connection, tenant.id, video.id), fresh
+
+        for future in as_completed(waiting := {pool.submit(work, file): file for file in files}):
+            video, fresh = future.result()
+            progress.advance(bar)
+            if video.status == "failed":
+                failed.append({"file": waiting[future].name, "video_id": video.id, "error": dict(video.error or {})})
+            elif fresh:
+                ready += 1
+            else:
+                duplicates += 1
+    return {"ready": ready, "duplicates": duplicates, "failed": failed, "seconds": round(time.monotonic() - started, 2)}
+
+
+def read_captions(path: Path) -> dict[str, list[Caption]]:
+    """Captions by file name: lines of `{"file" or "video": …, "captions": […] or "caption": …}`. Raises InvalidCaptions."""
+    found: dict[str, list[Caption]] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = Path(row.get("file") or row["video"]).name
+            texts = row.get("captions") or [row[key] for key in sorted(row) if key.startswith("caption")]
+            from service.routes.videos import parse_captions
+
+            found.setdefault(name, []).extend(parse_captions(texts))
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidUpload) as error:
+            raise InvalidCaptions(f"{path}, line {number}: needs a file and captions ({error})") from error
+    return found
+
+
+def search_collection(settings: Settings, tenant_name: str, collection: str, text: str, limit: int) -> Found:
+    with opened(settings) as runtime:
+        with runtime.database.read() as connection:
+            tenant = catalog.tenant_named(connection, tenant_name)
+        return Searcher(runtime).search(tenant.id, collection, text, wanted=limit)
+
+
+def train_collection(
+    settings: Settings,
+    tenant_name: str,
+    collection_name: str,
+    recipe: dict[str, Any],
+    activate: str,
+    console: Console | None,
+) -> dict[str, Any]:
+    """`learning.train_adapter` in this process; the record of its task is kept like any other."""
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with opened(settings) as runtime, Progress(*columns, console=console, disable=console is None) as progress:
+        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        with runtime.database.write() as connection:
+            learning.check_captions(connection, tenant.id, collection.id)
+            request = {"recipe": recipe, "activate": activate, "offline": True}
+            task = catalog.add_task(connection, tenant.id, collection.id, "train_adapter", request)
+            catalog.start_task(connection, tenant.id, task.id)
+        bar = progress.add_task("", total=1.0)
+        try:
+            result = learning.train_adapter(
+                runtime, tenant.id, task, lambda share, note: progress.update(bar, completed=share, description=note)
+            )
+        except BaseException as error:
+            with runtime.database.write() as connection:
+                reason = {"code": getattr(error, "code", "interrupted"), "detail": str(error)}
+                catalog.end_task(connection, tenant.id, task.id, "failed", error=reason)
+            raise
+        with runtime.database.write() as connection:
+            catalog.end_task(connection, tenant.id, task.id, "succeeded", result=result)
+        return result
+
+
+def evaluate_collection(settings: Settings, tenant_name: str, collection_name: str, split: str) -> dict[str, Any]:
+    with opened(settings) as runtime:
+        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        return learning.evaluate(runtime, tenant.id, collection.name, split)
+
+
+def adapter_versions(
+    settings: Settings, tenant_name: str, collection_name: str, manifests: bool = False
+) -> list[dict[str, Any]]:
+    with opened(settings) as runtime:
+        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        with runtime.database.read() as connection:
+            versions: list[AdapterVersion] = []
+            after: str | None = None
+            while page := catalog.list_adapters(connection, tenant.id, collection.id, 50, after):
+                versions += page.rows
+                if (after := page.after) is None:
+                    break
+            active = catalog.generation(connection, tenant.id, collection.active_generation_id).adapter_id
+    return [
+        {
+            "id": v.id,
+            "version": v.version,
+            "digest": v.digest,
+            "active": v.id == active,
+            "scope": v.manifest["scope"],
+            "parameters": v.manifest["parameters"],
+            "metrics": {side: v.manifest["metrics"][side] for side in ("before", "after") if side in v.manifest["metrics"]},
+            "created_at": v.created_at,
+            **({"manifest": dict(v.manifest)} if manifests else {}),
+        }
+        for v in versions
+    ]
+
+
+def export_adapter(settings: Settings, tenant_name: str, collection_name: str, adapter_id: str, to: Path) -> int:
+    with opened(settings) as runtime:
+        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        with runtime.database.read() as connection:
+            version = catalog.adapter(connection, tenant.id, collection.id, adapter_id)
+        return to.write_bytes(runtime.blobs.get(adapter_key(collection.id, version.digest)))
+
+
+def import_adapter(settings: Settings, tenant_name: str, collection_name: str, file: Path) -> AdapterVersion:
+    import adapters_store
+
+    with opened(settings) as runtime:
+        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        data = file.read_bytes()
+        manifest = adapters_store.describe(data, created_at=now(), recipe={"imported": file.name})
+        return learning.publish(runtime, tenant.id, collection.id, data, manifest)
+
+
+def encode(
+    backbone_name: str,
+    pretrained: str | None,
+    adapter_file: Path | None,
+    texts: list[str] | None,
+    frames: Path | None,
+    to: Path,
+) -> tuple[int, ...]:
+    """Writes the vectors as float32 .npy; returns their shape."""
+    import numpy as np
+    import torch
+
+    import adapters_store
+    from backbone import load_backbone
+
+    backbone = load_backbone(backbone_name, pretrained)
+    adapter = None
+    if adapter_file is not None:
+        adapter = adapters_store.unpack(adapter_file.read_bytes()).adapter(backbone.fingerprint)
+    with torch.inference_mode():
+        if texts is not None:
+            vectors = backbone.encode_text(backbone.tokenize(texts).ids, adapter)
+        else:
+            assert frames is not None
+            pixels = torch.from_numpy(np.load(frames, allow_pickle=False))
+            vectors = torch.cat([backbone.encode_frames(part, adapter) for part in pixels.split(32)])
+    with to.open("wb") as file:
+        np.save(file, vectors.cpu().numpy().astype(np.float32))
+    return tuple(vectors.shape)
+
+
+def _videos_under(path: Path) -> list[Path]:
+    """A file as it is; of a folder, every file below it whose name ends like a video's."""
+    if not path.exists():
+        raise FileNotFoundError(2, "there is no such file or folder", str(path))
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+
+
+def _existing(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
+    with runtime.database.read() as connection:
+        tenant = catalog.tenant_named(connection, tenant_name)
+        return tenant, catalog.collection_named(connection, tenant.id, collection_name)
+
+
+def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
+    fingerprint = runtime.backbone.fingerprint
+    with runtime.database.write() as connection:
+        try:
+            tenant = catalog.tenant_named(connection, tenant_name)
+        except NotFound:
+            tenant = catalog.create_tenant(connection, tenant_name, {})
+        try:
+            collection = catalog.collection_named(connection, tenant.id, collection_name)
+        except NotFound:
+            collection = catalog.create_collection(connection, tenant, collection_name, {}, fingerprint)
+    return tenant, collection
+
+
+def _add_file(
+    runtime: Runtime, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption]
+) -> tuple[Video, bool]:
+    """The record of a file, and whether it is new or was left half-way; like an upload, file first, then row."""
+    video_id = new_id("vid")
+    digest = hashlib.sha256()
+    with file.open("rb") as source:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+    sha256 = digest.hexdigest()
+    with runtime.database.read() as connection:
+        if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is not None:
+            return twin, twin.status in catalog.IN_PROGRESS
+    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy, file.open("rb") as source:
+        shutil.copyfileobj(source, copy)
+    runtime.blobs.put_file(video_key(collection.id, video_id), Path(copy.name))
+    with runtime.database.write() as connection:
+        if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is None:
+            size = file.stat().st_size
+            catalog.check_quota(connection, tenant, videos=1, bytes=size)
+            catalog.add_video(connection, tenant.id, collection.id, video_id, file.name, sha256, size, {}, captions)
+            return catalog.video(connection, tenant.id, video_id), True
+    runtime.blobs.delete(video_key(collection.id, video_id))
+    return twin, False

@@ -1,0 +1,1 @@
+"""The HTTP calls: each parses, calls one function of the house, and shapes the answer."""

@@ -1,0 +1,86 @@
+"""Tenants, keys and usage."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Response
+from sqlalchemy import Connection
+
+from service import catalog, keys
+from service.catalog import ApiKey, NotFound, Tenant
+from service.keys import Caller
+from service.routes.access import PROBLEMS, Anyone, InHouse
+from service.schemas import NewKey, NewTenant
+
+router = APIRouter(prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
+
+
+@router.post("", status_code=201)
+def create(body: NewTenant, who: Anyone, house: InHouse) -> dict[str, Any]:
+    """A new tenant (operator's key)."""
+    keys.check_role(who, "root")
+    with house.runtime.database.write() as connection:
+        tenant = catalog.create_tenant(connection, body.name, body.quotas.model_dump(exclude_none=True))
+    return {"id": tenant.id, "name": tenant.name, "quotas": dict(tenant.quotas), "created_at": tenant.created_at}
+
+
+@router.post("/{name}/keys", status_code=201)
+def add_key(name: str, body: NewKey, who: Anyone, house: InHouse) -> dict[str, Any]:
+    """A new API key; the only time that it is shown."""
+    key_id, key = keys.new_key()
+    expires = None
+    if body.expires_at is not None:
+        moment = body.expires_at if body.expires_at.tzinfo else body.expires_at.replace(tzinfo=UTC)
+        expires = moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    with house.runtime.database.write() as connection:
+        tenant = _tenant(connection, who, name)
+        record = catalog.add_key(connection, tenant.id, key_id, body.role, keys.hash_key(key), expires)
+    return {**_show(record), "key": key}
+
+
+@router.get("/{name}/keys")
+def list_keys(name: str, who: Anyone, house: InHouse) -> dict[str, Any]:
+    """The tenant's keys, without their secrets."""
+    with house.runtime.database.read() as connection:
+        found = [_show(key) for key in catalog.keys(connection, _tenant(connection, who, name).id)]
+    return {"data": found, "page_info": {"next_page_token": None, "total_results": len(found)}}
+
+
+@router.delete("/{name}/keys/{key_id}", status_code=204)
+def revoke(name: str, key_id: str, who: Anyone, house: InHouse) -> Response:
+    """The key stops working at once."""
+    with house.runtime.database.write() as connection:
+        catalog.revoke_key(connection, _tenant(connection, who, name).id, key_id)
+    return Response(status_code=204)
+
+
+@router.get("/{name}/usage")
+def usage(name: str, who: Anyone, house: InHouse) -> dict[str, Any]:
+    """What counts against the tenant's quotas."""
+    with house.runtime.database.read() as connection:
+        tenant = _tenant(connection, who, name)
+        used = catalog.usage(connection, tenant.id)
+    return {"tenant": tenant.name, "at": datetime.now(UTC).isoformat(), "usage": used, "quotas": dict(tenant.quotas)}
+
+
+def _tenant(connection: Connection, who: Caller, name: str) -> Tenant:
+    """The operator sees every tenant; an admin its own; any other name does not exist for it."""
+    if who.tenant is None:
+        return catalog.tenant_named(connection, name)
+    keys.check_role(who, "admin")
+    if who.tenant.name != name:
+        raise NotFound("tenant", name)
+    return who.tenant
+
+
+def _show(key: ApiKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "role": key.role,
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "last_used_at": key.last_used_at,
+        "revoked_at": key.revoked_at,
+    }

@@ -1,0 +1,89 @@
+"""Collections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from sqlalchemy import Connection
+
+from service import catalog, idempotency, paging
+from service.catalog import Collection, Tenant
+from service.routes.access import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InHouse, collection_of
+from service.schemas import ChangedCollection, NewCollection, settings_json
+
+router = APIRouter(prefix="/collections", tags=["collections"], responses=PROBLEMS)
+PageLimit = Annotated[int, Query(ge=1, le=50)]
+
+
+@router.post("", status_code=201)
+def create(body: NewCollection, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
+    """A new, empty collection: searchable at once, with the frozen backbone."""
+    hashed = idempotency.request_hash("collections", body.model_dump())
+    backbone = house.runtime.backbone.fingerprint
+    with house.runtime.database.write() as connection:
+        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
+            return earlier  # type: ignore[no-any-return]
+        collection = catalog.create_collection(connection, tenant, body.name, settings_json(body.settings), backbone)
+        shown = show(connection, tenant, collection)
+        idempotency.remember(connection, tenant.id, key, hashed, shown)
+    return shown
+
+
+@router.get("")
+def list_all(
+    tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None
+) -> dict[str, Any]:
+    """The tenant's collections, newest first."""
+    with house.runtime.database.read() as connection:
+        page = catalog.list_collections(connection, tenant.id, page_limit, paging.decode("id", page_token))
+        return listing([show(connection, tenant, row) for row in page.rows], page)
+
+
+@router.get("/{name}")
+def get(name: str, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+    """Counts, settings, active adapter and generation."""
+    with house.runtime.database.read() as connection:
+        return show(connection, tenant, collection_of(connection, tenant, name))
+
+
+@router.patch("/{name}")
+def change(name: str, body: ChangedCollection, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+    """Changes the settings that are sent; videos that come later follow them."""
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        settings = {**collection.settings, **settings_json(body.settings)}
+        catalog.change_collection(connection, tenant.id, collection.id, settings)
+        return show(connection, tenant, collection_of(connection, tenant, name))
+
+
+@router.delete("/{name}", status_code=204)
+def delete(name: str, tenant: CanWrite, house: InHouse) -> Response:
+    """The collection is gone at once; its files and vectors follow in the background."""
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        request = {"videos": [], "whole_collection": True}
+        task = catalog.add_task(connection, tenant.id, collection.id, "purge", request)
+        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
+    house.jobs.enqueue(task)
+    return Response(status_code=204)
+
+
+def show(connection: Connection, tenant: Tenant, collection: Collection) -> dict[str, Any]:
+    generation = catalog.generation(connection, tenant.id, collection.active_generation_id)
+    by_status = catalog.counts(connection, tenant.id, collection.id)
+    return {
+        "id": collection.id,
+        "name": collection.name,
+        "settings": dict(collection.settings),
+        "videos": {"total": sum(by_status.values()), **by_status},
+        "captioned_videos": catalog.captioned_videos(connection, tenant.id, collection.id),
+        "active_adapter": generation.adapter_id,
+        "active_generation": generation.id,
+        "created_at": collection.created_at,
+    }
+
+
+def listing(data: list[dict[str, Any]], page: catalog.Page) -> dict[str, Any]:
+    """The shape of every list."""
+    return {"data": data, "page_info": {"next_page_token": paging.encode("id", page.after), "total_results": page.total}}

@@ -1,0 +1,53 @@
+"""Liveness, readiness, metrics, and the page."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import HTMLResponse, JSONResponse
+
+from service import catalog
+from service.routes.access import InHouse
+
+router = APIRouter(tags=["health"])
+WORKER_SECONDS = 30.0
+
+
+@router.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+def readyz(house: InHouse) -> Response:
+    """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds."""
+    checks: dict[str, Any] = {"backbone": house.runtime.backbone_loaded, "database": False, "worker": False}
+    try:
+        with house.runtime.database.read() as connection:
+            connection.execute(text("select 1"))
+            checks["database"] = True
+            seen = catalog.last_heartbeat(connection)
+            age = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds() if seen else None
+            checks["worker"] = age is not None and age < WORKER_SECONDS
+    except SQLAlchemyError:
+        pass
+    ready = all(checks.values())
+    return JSONResponse({"status": "ready" if ready else "not ready", "checks": checks}, 200 if ready else 503)
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Prometheus."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", include_in_schema=False)
+def page() -> HTMLResponse:
+    return HTMLResponse((files("service") / "page" / "index.html").read_text())

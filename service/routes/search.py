@@ -1,0 +1,81 @@
+"""`POST /search`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service import filters, paging
+from service.keys import sign
+from service.routes.access import PROBLEMS, CanSearch, House, InHouse
+from service.schemas import HitOut, PageInfo, SearchAnswer, SearchPool, SearchRequest, Warning
+from service.search import Found
+
+router = APIRouter(tags=["search"], responses=PROBLEMS)
+
+
+@router.post("/search")
+def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHouse) -> SearchAnswer:
+    """Finds the videos of a collection that show what the text says, best first."""
+    offset = int(paging.decode("offset", body.page_token) or 0)
+    if body.filter is not None:
+        filters.check(body.filter)
+    found = house.searcher.search(
+        tenant.id,
+        body.collection,
+        body.text,
+        group_by=body.group_by,
+        where=body.filter,
+        exact=body.rescore,
+        wanted=offset + body.page_limit,
+    )
+    return answer(house, request, found, offset, body.page_limit)
+
+
+def answer(house: House, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:
+    """One page of what was found, with signed URLs."""
+    page = found.hits[offset : offset + limit]
+    more = len(found.hits) > offset + limit
+    warnings = []
+    if found.truncated:
+        length = house.runtime.backbone.context_length
+        detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
+        warnings.append(Warning(code="text_truncated", detail=detail))
+    return SearchAnswer(
+        data=[
+            HitOut(
+                rank=offset + i + 1,
+                score=round(hit.score, 6),
+                video_id=hit.video.id,
+                start=hit.start,
+                end=hit.end,
+                filename=hit.video.filename,
+                metadata=dict(hit.video.metadata),
+                thumbnail_url=media_url(house, request, "thumbnail", f"{hit.video.id}-{hit.segment}"),
+                video_url=media_url(house, request, "video", hit.video.id),
+            )
+            for i, hit in enumerate(page)
+        ],
+        search_pool=SearchPool(
+            collection=found.collection.name,
+            generation=found.generation.id,
+            adapter=found.generation.adapter_id,
+            total_videos=found.total_videos,
+        ),
+        timings_ms=dict(found.timings_ms),
+        page_info=PageInfo(
+            next_page_token=paging.encode("offset", str(offset + limit) if more else None),
+            total_results=len(found.hits),
+        ),
+        warnings=warnings,
+    )
+
+
+def media_url(house: House, request: Request, kind: str, media_id: str) -> str:
+    """A signed URL of a thumbnail or a video, good for `url_seconds`."""
+    expires = int(time.time()) + house.runtime.settings.url_seconds
+    path = f"/media/{kind}/{media_id}"
+    base: Any = request.base_url
+    return f"{str(base).rstrip('/')}{path}?exp={expires}&sig={sign(house.signing_secret, path, expires)}"

@@ -1,0 +1,199 @@
+"""Videos of a collection: upload, list, look at, caption, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection
+
+from service import catalog, idempotency, paging, uploads
+from service.blobs import video_key
+from service.catalog import Caption, Task, Tenant, Video
+from service.records import new_id
+from service.routes.access import PROBLEMS, CanSearch, CanWrite, House, IdempotencyKey, InHouse, collection_of
+from service.routes.collections import listing
+from service.routes.search import media_url
+from service.schemas import CaptionIn, Captions
+from service.uploads import InvalidUpload, Upload
+
+router = APIRouter(prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
+PageLimit = Annotated[int, Query(ge=1, le=50)]
+Status = Literal["pending", "validating", "queued", "indexing", "ready", "failed"]
+_captions = TypeAdapter(list[str | CaptionIn])
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "metadata": {"type": "string", "description": "a JSON object, returned with every hit"},
+                        "captions": {"type": "string", "description": "a JSON list of strings or {text, start?, end?}"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=202, openapi_extra=_BODY)
+async def upload(
+    name: str, request: Request, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None
+) -> dict[str, Any]:
+    """Stores a video and queues its indexing. When this answers, file and record are on disk.
+
+    The same bytes in the same collection are not stored twice: the answer then names the earlier video.
+    """
+    await to_thread.run_sync(_check_before, house, tenant, name)
+    runtime = house.runtime
+    limit = runtime.settings.max_video_bytes
+    received = await uploads.receive(request, runtime.settings.scratch, limit, ("metadata", "captions"))
+    try:
+        return await to_thread.run_sync(_store, house, tenant, name, received, key)
+    finally:
+        received.path.unlink(missing_ok=True)
+
+
+@router.get("")
+def list_all(
+    name: str,
+    request: Request,
+    tenant: CanSearch,
+    house: InHouse,
+    status: Status | None = None,
+    page_limit: PageLimit = 10,
+    page_token: str | None = None,
+) -> dict[str, Any]:
+    """The collection's videos, newest first."""
+    with house.runtime.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        page = catalog.list_videos(connection, tenant.id, collection.id, status, page_limit, paging.decode("id", page_token))
+        return listing(show(connection, house, request, tenant, page.rows), page)
+
+
+@router.get("/{video_id}")
+def get(name: str, video_id: str, request: Request, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+    """Status, facts, metadata, captions."""
+    with house.runtime.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        video = catalog.video(connection, tenant.id, video_id, collection.id)
+        return show(connection, house, request, tenant, [video])[0]
+
+
+@router.delete("/{video_id}", status_code=204)
+def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Response:
+    """The video leaves lists and searches at once; its files follow in the background."""
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        catalog.video(connection, tenant.id, video_id, collection.id)
+        catalog.mark_video_deleted(connection, tenant.id, video_id)
+        request = {"videos": [video_id], "whole_collection": False}
+        task = catalog.add_task(connection, tenant.id, collection.id, "purge", request)
+    house.jobs.enqueue(task)
+    return Response(status_code=204)
+
+
+@router.put("/{video_id}/captions")
+def put_captions(
+    name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, house: InHouse
+) -> dict[str, Any]:
+    """Replaces the captions: what an adapter is trained on."""
+    texts = [Caption(c.text, c.start, c.end) for c in body.captions]
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        video = catalog.video(connection, tenant.id, video_id, collection.id)
+        catalog.set_captions(connection, tenant.id, video_id, texts)
+        return show(connection, house, request, tenant, [video])[0]
+
+
+def show(
+    connection: Connection, house: House, request: Request, tenant: Tenant, videos: list[Video] | Any
+) -> list[dict[str, Any]]:
+    captions = catalog.captions_of(connection, tenant.id, [video.id for video in videos])
+    return [
+        {
+            "video_id": video.id,
+            "filename": video.filename,
+            "status": video.status,
+            "error": video.error,
+            "task_id": video.task_id,
+            "system_metadata": {**(video.media or {}), "sha256": video.sha256, "size": video.size},
+            "user_metadata": dict(video.metadata),
+            "captions": [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]],
+            "thumbnail_url": media_url(house, request, "thumbnail", f"{video.id}-0") if video.media else None,
+            "video_url": media_url(house, request, "video", video.id),
+            "created_at": video.created_at,
+            "updated_at": video.updated_at,
+        }
+        for video in videos
+    ]
+
+
+def _check_before(house: House, tenant: Tenant, name: str) -> None:
+    """What can be refused before the bytes come."""
+    with house.runtime.database.read() as connection:
+        collection_of(connection, tenant, name)
+        catalog.check_quota(connection, tenant, videos=1)
+
+
+def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
+    """File first, then row and task in one transaction, then the queue: a crash between leaves nothing acknowledged lost."""
+    metadata = received.json_field("metadata", dict) or {}
+    captions = parse_captions(received.json_field("captions", list) or [])
+    hashed = idempotency.request_hash("videos", name, received.sha256, received.filename, received.fields)
+    video_id = new_id("vid")
+    database, blobs = house.runtime.database, house.runtime.blobs
+    with database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
+            return earlier  # type: ignore[no-any-return]
+        if (twin := catalog.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
+            return _duplicate(twin)
+    blobs.put_file(video_key(collection.id, video_id), received.path)
+    task: Task | None = None
+    try:
+        with database.write() as connection:
+            earlier = idempotency.earlier_answer(connection, tenant.id, key, hashed)
+            twin = catalog.twin(connection, tenant.id, collection.id, received.sha256)
+            if earlier is None and twin is None:
+                catalog.check_quota(connection, tenant, videos=1, bytes=received.size)
+                task = catalog.add_video(
+                    connection, tenant.id, collection_of(connection, tenant, name).id, video_id,
+                    received.filename, received.sha256, received.size, metadata, captions,
+                )  # fmt: skip
+                answer = {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None}
+                idempotency.remember(connection, tenant.id, key, hashed, answer)
+            else:
+                answer = earlier if earlier is not None else _duplicate(twin)
+    finally:
+        if task is None:
+            blobs.delete(video_key(collection.id, video_id))
+    if task is not None:
+        house.jobs.enqueue(task)
+    return answer
+
+
+def _duplicate(twin: Video | None) -> dict[str, Any]:
+    assert twin is not None
+    return {"video_id": twin.id, "task_id": twin.task_id, "status": twin.status, "duplicate_of": twin.id}
+
+
+def parse_captions(values: list[Any]) -> list[Caption]:
+    """Strings, or objects with text, start and end. Raises InvalidUpload."""
+    try:
+        parsed = _captions.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidUpload(f"the part 'captions': {first['msg']} at {'/'.join(str(p) for p in first['loc'])}") from error
+    captions = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in parsed]
+    if any(not caption.text.strip() for caption in captions):
+        raise InvalidUpload("the part 'captions': a caption is empty")
+    return captions

@@ -1,0 +1,210 @@
+"""What a process of the house holds: settings, database, blobs and, from their first use, backbone, adapters, decoders.
+
+The API, the worker and the offline commands each build one; nothing of it exists at import time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adapters_store import ResidentAdapters
+from backbone import Adapter, Backbone, load_backbone
+from backbone.batcher import Batcher
+from indexer.sandbox import Limits, Sandbox
+from service import catalog, keys
+from service.blobs import Blobs, adapter_key
+from service.catalog import Generation
+from service.database import Database
+from service.settings import Settings
+
+
+class OtherBackbone(RuntimeError):
+    """The data folder, or a generation in it, was made with another backbone than the one at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneChoice:
+    name: str
+    pretrained: str | None
+
+
+class Runtime:
+    """One per process. `prepare` must have run once on the data folder, by this process or another."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        settings.data.mkdir(parents=True, exist_ok=True)
+        self.database = Database(settings.database)
+        self.blobs = Blobs(settings.blob_root, settings.scratch)
+        self._lock = threading.RLock()
+
+    def prepare(self) -> str | None:
+        """Schema, signing secret and operator's key; returns that key in clear if it was made just now."""
+        made = None
+        self.database.migrate(self.settings.data / "migrate.lock")
+        with (self.settings.data / "migrate.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self.database.write() as connection:
+                if catalog.fact(connection, "signing_secret") is None:
+                    catalog.set_fact(connection, "signing_secret", secrets.token_hex(32))
+                if self.settings.root_key is not None:
+                    catalog.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
+                elif catalog.fact(connection, "root_key_hash") is None:
+                    _, made = keys.new_key()
+                    catalog.set_fact(connection, "root_key_hash", keys.hash_key(made))
+        return made
+
+    @cached_property
+    def choice(self) -> BackboneChoice:
+        """The backbone that was asked for, or else the one that the data folder was made with."""
+        if self.settings.backbone is not None:
+            return BackboneChoice(self.settings.backbone, self.settings.pretrained)
+        with self.database.read() as connection:
+            recorded = catalog.fact(connection, "backbone")
+        return BackboneChoice(recorded["name"], recorded["pretrained"]) if recorded else BackboneChoice("builtin", None)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def backbone(self) -> Backbone:
+        """Loaded at the first call. Raises OtherBackbone if the data folder was made with another one."""
+        with self._lock:
+            return self._backbone
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        backbone = load_backbone(self.choice.name, self.choice.pretrained, self.device)
+        with self.database.write() as connection:
+            recorded = catalog.fact(connection, "backbone")
+            if recorded is None:
+                pretrained = self.choice.pretrained
+                if pretrained is not None and Path(pretrained).is_file():
+                    pretrained = str(Path(pretrained).absolute())
+                recorded = {"name": self.choice.name, "pretrained": pretrained, "fingerprint": backbone.fingerprint}
+                catalog.set_fact(connection, "backbone", recorded)
+        if recorded["fingerprint"] != backbone.fingerprint:
+            raise OtherBackbone(
+                f"this data folder was made with backbone {recorded['name']} ({recorded['fingerprint'][:12]}), "
+                f"not {backbone.name} ({backbone.fingerprint[:12]}): take that one, or another data folder"
+            )
+        return backbone
+
+    @property
+    def backbone_loaded(self) -> bool:
+        return "_backbone" in self.__dict__
+
+    @property
+    def adapters(self) -> ResidentAdapters:
+        with self._lock:
+            return self._adapters
+
+    @cached_property
+    def _adapters(self) -> ResidentAdapters:
+        return ResidentAdapters(self.backbone.fingerprint, self.device, self.settings.adapter_bytes)
+
+    def adapter(self, generation: Generation) -> Adapter | None:
+        """The adapter of a generation, resident; None for the frozen backbone.
+
+        Raises OtherBackbone, InvalidAdapter or BlobMissing.
+        """
+        if generation.backbone != self.backbone.fingerprint:
+            raise OtherBackbone(f"generation {generation.id} was made with backbone {generation.backbone[:12]}")
+        if generation.digest is None:
+            return None
+        key = adapter_key(generation.collection_id, generation.digest)
+        return self.adapters.get(generation.digest, lambda: self.blobs.get(key))
+
+    @property
+    def texts(self) -> Batcher[tuple[Tensor, Adapter | None], NDArray[np.float32]]:
+        """Encodes token rows (context_length,) with their adapters, all that wait in one batch."""
+        with self._lock:
+            return self._texts
+
+    @cached_property
+    def _texts(self) -> Batcher[tuple[Tensor, Adapter | None], NDArray[np.float32]]:
+        backbone = self.backbone
+
+        def encode(rows: Sequence[tuple[Tensor, Adapter | None]]) -> Sequence[NDArray[np.float32]]:
+            with torch.inference_mode():
+                tokens = torch.stack([tokens for tokens, _ in rows])
+                return list(backbone.encode_text(tokens, [adapter for _, adapter in rows]).cpu().numpy())
+
+        return Batcher(encode, limit=self.settings.batch_texts, name="texts")
+
+    @property
+    def frames(self) -> Batcher[tuple[NDArray[np.uint8], Adapter | None], NDArray[np.float32]]:
+        """Encodes segments' frames (F, 3, S, S) with their adapters into (F, D), batches mixing videos and tenants."""
+        with self._lock:
+            return self._frames
+
+    @cached_property
+    def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Adapter | None], NDArray[np.float32]]:
+        backbone = self.backbone
+
+        def encode(rows: Sequence[tuple[NDArray[np.uint8], Adapter | None]]) -> Sequence[NDArray[np.float32]]:
+            with torch.inference_mode():
+                pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
+                adapters = [adapter for pixels, adapter in rows for _ in pixels]
+                vectors = backbone.encode_frames(pixels, adapters).cpu().numpy()
+            return np.split(vectors, np.cumsum([len(pixels) for pixels, _ in rows])[:-1])
+
+        return Batcher(encode, limit=self.settings.batch_frames, name="frames")
+
+    @property
+    def decoder(self) -> DecoderPool:
+        with self._lock:
+            return self._decoder
+
+    @cached_property
+    def _decoder(self) -> DecoderPool:
+        wall = self.settings.decode_seconds
+        limits = Limits(memory_bytes=self.settings.decode_bytes, cpu_seconds=int(wall), wall_seconds=wall)
+        return DecoderPool([Sandbox(limits) for _ in range(self.settings.decoders)])
+
+    def close(self) -> None:
+        for name in ("_texts", "_frames", "_decoder"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+        self.database.close()
+
+
+class DecoderPool:
+    """Decoder processes, each lent to one caller at a time."""
+
+    def __init__(self, sandboxes: Sequence[Sandbox]) -> None:
+        self._all = list(sandboxes)
+        self._free = list(sandboxes)
+        self._returned = threading.Condition()
+
+    def decode(self, *arguments: Any) -> Any:
+        """`Sandbox.decode` on the next free process."""
+        with self._returned:
+            while not self._free:
+                self._returned.wait()
+            sandbox = self._free.pop()
+        try:
+            return sandbox.decode(*arguments)
+        finally:
+            with self._returned:
+                self._free.append(sandbox)
+                self._returned.notify()
+
+    def close(self) -> None:
+        for sandbox in self._all:
+            sandbox.close()

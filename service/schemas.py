@@ -1,0 +1,141 @@
+"""What goes over the wire. Pydantic lives here and nowhere deeper."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_TEXT = 10_000
+PageLimit = Annotated[int, Field(ge=1, le=50)]
+
+
+class In(BaseModel):
+    """A request body: an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SearchRequest(In):
+    collection: str
+    text: str = Field(max_length=MAX_TEXT, description="What is to be seen; cut at the backbone's context length.")
+    page_limit: PageLimit = 10
+    page_token: str | None = None
+    group_by: Literal["video", "segment"] = "video"
+    filter: dict[str, Any] | None = Field(None, description='{"duration": {"gte": 5}, "metadata.camera": "north"}')
+    rescore: bool = Field(True, description="Rescore the first stage's candidates over their frame vectors.")
+
+
+class CollectionSettings(In):
+    segment_seconds: float | None = Field(None, gt=0, le=3600, description="Length of a segment, seconds.")
+    description: str | None = Field(None, max_length=1000)
+
+
+class NewCollection(In):
+    name: str
+    settings: CollectionSettings = CollectionSettings()
+
+
+class ChangedCollection(In):
+    settings: CollectionSettings
+
+
+class CaptionIn(In):
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+    start: float | None = Field(None, ge=0)
+    end: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CaptionIn:
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise ValueError("end must be after start")
+        return self
+
+
+class Captions(In):
+    captions: list[CaptionIn] = Field(max_length=1000)
+
+
+class TrainRequest(In):
+    recipe: dict[str, Any] = {}
+    scope: Literal["both", "text", "vision"] | None = None
+    activate: Literal["if_better", "always", "never"] = "if_better"
+
+
+class ActivateRequest(In):
+    adapter_id: str | None = Field(description="An adapter's id, or null for the frozen backbone.")
+
+
+class EvaluateRequest(In):
+    split: Literal["validation", "all"] = "validation"
+
+
+class Quotas(In):
+    max_videos: int | None = Field(None, ge=0)
+    max_bytes: int | None = Field(None, ge=0)
+    max_collections: int | None = Field(None, ge=0)
+
+
+class NewTenant(In):
+    name: str
+    quotas: Quotas = Quotas()
+
+
+class NewKey(In):
+    role: Literal["search", "write", "admin"]
+    expires_at: datetime | None = None
+
+
+class PageInfo(BaseModel):
+    next_page_token: str | None
+    total_results: int
+
+
+class HitOut(BaseModel):
+    rank: int
+    score: float
+    video_id: str
+    start: float
+    end: float
+    filename: str
+    metadata: dict[str, Any]
+    thumbnail_url: str
+    video_url: str
+
+
+class SearchPool(BaseModel):
+    collection: str
+    generation: str
+    adapter: str | None
+    total_videos: int
+
+
+class Warning(BaseModel):
+    code: str
+    detail: str
+
+
+class SearchAnswer(BaseModel):
+    data: list[HitOut]
+    search_pool: SearchPool
+    timings_ms: dict[str, float]
+    page_info: PageInfo
+    warnings: list[Warning]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[dict[str, Any]] | None = None
+
+
+def settings_json(settings: CollectionSettings) -> dict[str, Any]:
+    return json.loads(settings.model_dump_json(exclude_none=True))  # type: ignore[no-any-return]

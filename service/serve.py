@@ -1,0 +1,49 @@
+"""`polyclip serve`: the API under uvicorn, with the supervised worker beside it."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from rich.console import Console
+
+from service.app import create_app
+from service.logs import configure
+from service.runtime import Runtime
+from service.settings import Settings
+from service.supervisor import Supervisor
+
+console = Console(stderr=True, highlight=False)
+
+
+def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
+    """Runs until SIGINT or SIGTERM. Raises OSError if the address is taken, OtherBackbone, BackboneNotFound."""
+    configure()
+    listener = _listen(host, port)
+    runtime = Runtime(settings)
+    root_key = runtime.prepare()
+    fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
+    runtime.close()
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
+    console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
+    if root_key is not None:
+        console.print(f"operator's key, shown only now: {root_key}", style="bold", markup=False)
+    console.print(f"serving {url} · documentation {url}/docs", markup=False)
+    supervisor = Supervisor(settings) if worker else None
+    if supervisor is not None:
+        supervisor.start()
+    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5, access_log=False)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        if supervisor is not None:
+            supervisor.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.set_inheritable(False)
+    return listener

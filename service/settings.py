@@ -1,0 +1,61 @@
+"""Every setting, with its default and what it is for. `POLYCLIP_` and the field's name is its environment variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MiB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """One instance per process, built by the command line; nothing reads the environment elsewhere."""
+
+    model_config = SettingsConfigDict(env_prefix="POLYCLIP_", extra="forbid", frozen=True)
+
+    data: Path = Field(Path("polyclip-data"), description="Folder that holds everything of the embedded default.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data folder.")
+    jobs_database_url: str | None = Field(None, description="Database of the job engine; default: SQLite beside the other.")
+    blobs: str | None = Field(None, description="Root URL of videos, frames and adapters; default: the data folder.")
+    root_key: str | None = Field(None, description="The operator's key; default: made at the first start and printed once.")
+    backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
+    pretrained: str | None = Field(None, description="Weights of that model: a tag, a file, or `random`.")
+    device: str | None = Field(None, description="`cpu` or `cuda`; default: cuda where there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one forward pass; default: torch's choice.")
+
+    segment_seconds: float = Field(30.0, gt=0, description="Videos longer than this are cut into equal segments, in seconds.")
+    cached_short_side: int = Field(256, ge=16, description="Short side of the cached frames, in pixels.")
+    max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")
+    max_video_seconds: float = Field(4 * 3600, gt=0, description="Longest video, in seconds.")
+    decode_seconds: float = Field(600.0, gt=0, description="Wall time that decoding one video may take, in seconds.")
+    decode_bytes: int = Field(2048 * MiB, ge=64 * MiB, description="Memory that decoding one video may take, in bytes.")
+    decoders: int = Field(2, ge=1, description="Decoder processes of a worker.")
+
+    candidates: int = Field(200, ge=1, description="Segments that the first stage hands to exact rescoring.")
+    text_cache_entries: int = Field(10_000, ge=0, description="Text vectors kept, by adapter and text.")
+    adapter_bytes: int = Field(256 * MiB, ge=1, description="Adapters kept on the device, in bytes.")
+    view_bytes: int = Field(2048 * MiB, ge=1, description="Index views kept in memory, in bytes.")
+    batch_texts: int = Field(64, ge=1, description="Largest batch of texts in one forward pass.")
+    batch_frames: int = Field(96, ge=1, description="Largest batch of frames in one forward pass.")
+    url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.data.absolute() / 'polyclip.sqlite'}"
+
+    @property
+    def jobs_database(self) -> str:
+        if self.jobs_database_url:
+            return self.jobs_database_url
+        return self.database_url or f"sqlite:///{self.data.absolute() / 'jobs.sqlite'}"
+
+    @property
+    def blob_root(self) -> str:
+        return self.blobs or f"file://{self.data.absolute() / 'blobs'}"
+
+    @property
+    def scratch(self) -> Path:
+        """Files on their way: uploads, decoded frames, training sets. On the same file system as the blobs."""
+        return self.data.absolute() / "scratch"

@@ -1,0 +1,62 @@
+"""The embedded worker: a child process beside the API, at low priority, started again when it dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import structlog
+
+from service.settings import Settings
+
+log = structlog.get_logger()
+BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds; from the start again after a minute of life
+
+
+class Supervisor:
+    """Keeps one `polyclip worker` alive. The child ends when this process does, even by kill -9."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._environment = {**os.environ, **environment(settings)}
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """SIGTERM, and after eight seconds SIGKILL."""
+        self._stopping.set()
+        child = self._child
+        if child is not None and child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(timeout=8)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+
+    def _watch(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            command = [sys.executable, "-m", "service.worker", "--parent", str(os.getpid())]
+            self._child = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
+            status = self._child.wait()
+            if self._stopping.is_set():
+                return
+            failures = 0 if time.monotonic() - started > 60 else failures + 1
+            wait = BACKOFF[min(failures, len(BACKOFF) - 1)]
+            log.warning("worker_died", status=status, restart_in_seconds=wait)
+            self._stopping.wait(wait)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The settings as environment variables, for a child process that shall have the same ones."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    return {f"POLYCLIP_{name.upper()}": str(value) for name, value in values.items()}

@@ -1,0 +1,177 @@
+"""Receiving a file: streamed to disk under a limit, hashed on the way; the client's file name is only a label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import ClientDisconnect, Request
+from streaming_form_data import ParseFailedException, StreamingFormDataParser
+from streaming_form_data.targets import BaseTarget, ValueTarget
+from streaming_form_data.validators import MaxSizeValidator, ValidationError
+
+FIELD_BYTES = 1024 * 1024
+SNIFF_BYTES = 1024
+
+
+class InvalidUpload(ValueError):
+    """The body is not multipart/form-data with a part `file`, or another part is not what it should be."""
+
+
+class EmptyFile(ValueError):
+    """The file has no bytes."""
+
+
+class FileTooLarge(ValueError):
+    """The file is over the limit."""
+
+
+class UnsupportedMedia(ValueError):
+    """The bytes do not begin like any video container that the decoders know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A received file in the scratch folder, and the other parts' text."""
+
+    path: Path
+    filename: str
+    sha256: str
+    size: int
+    fields: dict[str, str] = field(default_factory=dict)
+
+    def json_field(self, name: str, kind: type) -> Any:
+        """A part that holds JSON of this type; None where it was not sent. Raises InvalidUpload."""
+        if name not in self.fields:
+            return None
+        try:
+            value = json.loads(self.fields[name])
+        except (ValueError, RecursionError) as error:
+            raise InvalidUpload(f"the part {name!r} is not JSON: {str(error)[:100]}") from error
+        if not isinstance(value, kind):
+            raise InvalidUpload(f"the part {name!r} must be a JSON {'object' if kind is dict else 'list'}")
+        return value
+
+
+class _File(BaseTarget):  # type: ignore[misc]
+    """Writes to disk and hashes; refuses what is over the limit, and what is no video as soon as that can be told."""
+
+    def __init__(self, path: Path, limit: int, video: bool) -> None:
+        super().__init__()
+        self._path, self._limit, self._video = path, limit, video
+        self.size = 0
+        self.seen = False
+        self._hash = hashlib.sha256()
+        self._head = b""
+
+    def on_start(self) -> None:
+        if self.seen:
+            raise InvalidUpload("there is more than one part 'file'")
+        self.seen = True
+        self._out = self._path.open("wb")
+
+    def on_data_received(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        if self.size > self._limit:
+            raise FileTooLarge(f"the file is over the limit of {self._limit} bytes")
+        if self._video and len(self._head) < SNIFF_BYTES:
+            self._head += chunk[:SNIFF_BYTES]
+            if len(self._head) >= SNIFF_BYTES:
+                check_container(self._head)
+        self._hash.update(chunk)
+        self._out.write(chunk)
+
+    def on_finish(self) -> None:
+        self._out.close()
+        if self._video and 0 < len(self._head) < SNIFF_BYTES:
+            check_container(self._head)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+async def receive(
+    request: Request, scratch: Path, limit: int, fields: tuple[str, ...] = (), video: bool = True
+) -> Upload:
+    """The part `file` of a multipart body, in a new file of `scratch` that the caller must move or remove.
+
+    Raises InvalidUpload, EmptyFile, FileTooLarge and, for a `video`, UnsupportedMedia; nothing is left behind then.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidUpload("send multipart/form-data with a part 'file'")
+    if int(request.headers.get("content-length") or 0) > limit + len(fields) * FIELD_BYTES + 65536:
+        raise FileTooLarge(f"the file is over the limit of {limit} bytes")
+    with NamedTemporaryFile(dir=scratch, prefix="upload-", delete=False) as handle:
+        path = Path(handle.name)
+    target = _File(path, limit, video)
+    try:
+        with _parse_errors():
+            parser = StreamingFormDataParser(headers=request.headers)
+            parser.register("file", target)
+            values = {name: ValueTarget(validator=MaxSizeValidator(FIELD_BYTES)) for name in fields}
+            for name, value in values.items():
+                parser.register(name, value)
+        async for chunk in request.stream():
+            with _parse_errors():
+                await to_thread.run_sync(parser.data_received, chunk)
+        if not target.seen:
+            raise InvalidUpload("there is no part 'file'")
+        if target.size == 0:
+            raise EmptyFile("the file is empty")
+        texts = {name: value.value.decode("utf-8", "replace") for name, value in values.items() if value.value}
+        return Upload(path, _label(target.multipart_filename), target.sha256, target.size, texts)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def check_container(head: bytes) -> None:
+    """Raises UnsupportedMedia unless `head`, the first bytes of a file, begins like a video container."""
+    boxes = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx", b"moof", b"uuid")
+    starts = (
+        b"\x1aE\xdf\xa3",  # Matroska, WebM
+        b"RIFF",
+        b"FLV",
+        b"OggS",
+        b"\x30\x26\xb2\x75",  # ASF, WMV
+        b"\x00\x00\x01",  # MPEG program and elementary streams
+        b"\x00\x00\x00\x01",  # H.264 and HEVC elementary streams
+        b".RMF",
+        b"GIF8",
+        b"\x06\x0e\x2b\x34",  # MXF
+        b"DKIF",
+        b"YUV4MPEG2",
+    )
+    transport = head[:1] == b"\x47" and (len(head) <= 188 or head[188:189] == b"\x47")
+    m2ts = head[4:5] == b"\x47" and (len(head) <= 196 or head[196:197] == b"\x47")
+    if not (head[4:8] in boxes or head.startswith(starts) or transport or m2ts):
+        raise UnsupportedMedia("this file is no video: it does not begin like any video container")
+
+
+@contextmanager
+def _parse_errors() -> Iterator[None]:
+    """The parser wraps what its targets raise; ours come out as they are."""
+    try:
+        yield
+    except (InvalidUpload, EmptyFile, FileTooLarge, UnsupportedMedia, ClientDisconnect):
+        raise
+    except ValidationError as error:
+        raise InvalidUpload(f"a part other than 'file' is over {FIELD_BYTES} bytes") from error
+    except (ParseFailedException, ValueError, KeyError) as error:
+        raise InvalidUpload(f"the multipart body is broken: {error}") from error
+
+
+def _label(filename: str | None) -> str:
+    """What the client called the file, for people to read: the last part of the path, printable, at most 255 characters."""
+    name = (filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+    with suppress(UnicodeError):
+        name = name.encode("latin-1").decode("utf-8")
+    return "".join(c for c in name if c.isprintable())[:255] or "video"
