@@ -1,0 +1,428 @@
+"""The demo worlds: small animated scenes with a caption grammar, written as real MP4 files.
+
+`daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera, told in
+its operators' jargon; `blueprint` draws them as plans in an engineer's words. Another look and another vocabulary: what a
+frozen backbone cannot know and an adapter can learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle, islice
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+Picture = NDArray[np.uint8]
+SIZE = (256, 192)  # width and height in pixels; the middle square holds every object
+FPS = 10
+SHAPES = ("ball", "box", "pyramid", "star", "ring", "heart", "cross", "diamond")
+COLOURS = {
+    "red": (214, 40, 40), "orange": (245, 140, 30), "yellow": (250, 222, 60), "green": (40, 160, 70),
+    "blue": (45, 90, 215), "purple": (135, 60, 180), "white": (246, 246, 246), "black": (35, 35, 40),
+}  # fmt: skip
+TEXTURES = ("plain", "striped", "dotted", "chequered")
+SIZES = ("small", "large")
+GROUNDS = ("meadow", "beach", "snow", "sea", "wall", "desert")
+SIDES = (("left", "right"), ("top", "bottom"))
+CENTRES = {"left": (78, 96), "right": (178, 96), "top": (128, 52), "bottom": (128, 142)}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One to three equal objects at one place."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    count: int
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A world's words for the things of the grammar, and its sentences with the slots a, b and ground."""
+
+    words: Mapping[str, str]
+    counts: tuple[str, str, str]
+    plurals: bool
+    group: str
+    sentences: tuple[str, ...]
+
+    def tell(self, group: Group) -> str:
+        noun = self.words[group.shape]
+        if self.plurals and group.count > 1:
+            noun += "es" if noun[-1] in "sx" else "s"
+        return self.group.format(
+            count=self.counts[group.count - 1],
+            size=self.words[group.size],
+            texture=self.words[group.texture],
+            colour=self.words[group.colour],
+            noun=noun,
+            place=self.words[group.place],
+        )
+
+
+def _words(text: str) -> dict[str, str]:
+    """`thing:word` pairs apart by commas."""
+    return {thing.strip(): word.strip() for thing, word in (pair.split(":") for pair in text.split(","))}
+
+
+LANGUAGES = {
+    "daylight": Language(
+        words=_words(
+            "ball:ball, box:box, pyramid:pyramid, star:star, ring:ring, heart:heart, cross:cross, diamond:diamond,"
+            "red:red, orange:orange, yellow:yellow, green:green, blue:blue, purple:purple, white:white, black:black,"
+            "plain:plain, striped:striped, dotted:dotted, chequered:chequered, small:small, large:large,"
+            "left:on the left, right:on the right, top:at the top, bottom:at the bottom,"
+            "meadow:in a green meadow, beach:on a sandy beach, snow:in the snow, sea:above the sea,"
+            "wall:before a brick wall, desert:in a desert at sunset"
+        ),
+        counts=("a", "two", "three"),
+        plurals=True,
+        group="{count} {size} {texture} {colour} {noun} {place}",
+        sentences=(
+            "{a} and {b}, {ground}",
+            "{ground}: {a}, {b}",
+            "a scene {ground} with {b} and {a}",
+        ),
+    ),
+    "nightwatch": Language(
+        words=_words(
+            "ball:bogey, box:crate, pyramid:tent, star:flare, ring:halo, heart:leaf, cross:drone, diamond:kite,"
+            "red:sodium, orange:krypton, yellow:mercury, green:cobalt, blue:argon, purple:neon, white:carbon, black:xenon,"
+            "plain:steady, striped:banded, dotted:speckled, chequered:gridded, small:minor, large:major,"
+            "left:sector west, right:sector east, top:sector north, bottom:sector south,"
+            "meadow:zone kilo, beach:zone lima, snow:zone oscar, sea:zone papa, wall:zone quebec, desert:zone tango"
+        ),
+        counts=("single", "dual", "triple"),
+        plurals=False,
+        group="{count} {size} {texture} {colour} {noun} {place}",
+        sentences=(
+            "contact {a}; {b}; {ground}",
+            "{ground} report: {b}, also {a}",
+            "tracking {a} plus {b} over {ground}",
+        ),
+    ),
+    "blueprint": Language(
+        words=_words(
+            "ball:disc, box:plate, pyramid:gusset, star:sprocket, ring:washer, heart:cam, cross:spider, diamond:wedge,"
+            "red:magenta, orange:cerise, yellow:carmine, green:lime, blue:verdigris, purple:azure, white:sepia,"
+            "black:chalk, plain:hollow, striped:ribbed, dotted:perforated, chequered:knurled, small:slim, large:heavy,"
+            "left:port side, right:starboard side, top:upper view, bottom:lower view,"
+            "meadow:squared sheet, beach:ruled sheet, snow:stippled sheet, sea:bare sheet, wall:isometric sheet,"
+            "desert:polar sheet"
+        ),
+        counts=("1x", "2x", "3x"),
+        plurals=False,
+        group="{count} {size} {texture} {noun} {colour} ink {place}",
+        sentences=(
+            "{ground}, part {a}, part {b}",
+            "assembly of {b} with {a}, {ground}",
+            "detail {a} / {b} / {ground}",
+        ),
+    ),
+}
+WORLDS = tuple(LANGUAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Two groups of objects before a ground, moving gently. `seed` decides motion, noise and length, never a caption."""
+
+    world: str
+    groups: tuple[Group, ...]
+    ground: str
+    seed: int
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Phrasings that all tell everything that identifies the scene."""
+        language = LANGUAGES[self.world]
+        a, b = (language.tell(group) for group in self.groups)
+        return tuple(s.format(a=a, b=b, ground=language.words[self.ground]) for s in language.sentences)
+
+    @property
+    def duration(self) -> float:
+        """Seconds, from 5 to 8."""
+        return 5 + self.seed % 31 / 10
+
+    def frame(self, t: float, size: tuple[int, int] = SIZE) -> Picture:
+        """(height, width, 3) uint8 RGB at t seconds."""
+        look = LOOKS[self.world]
+        picture = _ground(self.world, self.ground).copy()
+        rng = np.random.default_rng(self.seed)
+        for group in self.groups:
+            sprite = _sprite(self.world, group)
+            speed, phase = rng.uniform(0.6, 1.4), rng.uniform(0, 2 * math.pi)
+            shift = rng.integers(-5, 6, size=2)
+            for i, (x, y) in enumerate(_spots(group)):
+                x += shift[0] + 5 * math.sin(speed * t + phase)
+                y += shift[1] + 4 * math.cos(1.7 * speed * t + phase + 2 * i)
+                picture.paste(sprite, (round(x - sprite.width / 2), round(y - sprite.height / 2)), sprite)
+        pixels = look(np.asarray(picture, dtype=np.float32), self.seed, t)
+        if size != SIZE:
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        return pixels
+
+
+def scenes(world: str, count: int, seed: int) -> list[Scene]:
+    """`count` scenes, all of them told apart by their captions; the same for the same seed."""
+    rng = np.random.default_rng([seed, WORLDS.index(world)])
+    found: dict[tuple[object, ...], Scene] = {}
+    while len(found) < count:
+        sides = SIDES[rng.integers(2)]
+        groups = tuple(
+            Group(
+                str(rng.choice(SHAPES)),
+                str(rng.choice(list(COLOURS))),
+                str(rng.choice(TEXTURES)),
+                str(rng.choice(SIZES)),
+                int(rng.integers(1, 4)),
+                place,
+            )
+            for place in sides
+        )
+        ground = str(rng.choice(GROUNDS))
+        key = (ground, *((g.shape, g.colour, g.place) for g in groups))
+        if key not in found:
+            found[key] = Scene(world, groups, ground, int(rng.integers(2**31)))
+    return list(found.values())
+
+
+def write_clip(scene: Scene, path: Path) -> None:
+    """The scene as an H.264 MP4 file; complete or not there."""
+    aside = path.with_suffix(".part")
+    with av.open(str(aside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "20"})
+        stream.width, stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for i in range(round(scene.duration * FPS)):
+            frame = av.VideoFrame.from_ndarray(scene.frame(i / FPS), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    os.replace(aside, path)
+
+
+def write_world(
+    folder: Path, world: str, count: int, seed: int, on_clip: Callable[[int], None] | None = None
+) -> Path:
+    """Clips `<world>-0001.mp4` … in `folder` and a `captions.jsonl` beside them, whose path is returned.
+
+    Clips that are there already are not written again; `on_clip(done)` is called after each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = scenes(world, count, seed)
+    paths = [folder / f"{world}-{i:04d}.mp4" for i in range(1, count + 1)]
+    captions = folder / "captions.jsonl"
+    lines = (
+        json.dumps({"file": path.name, "captions": list(scene.captions)}) + "\n"
+        for path, scene in zip(paths, drawn, strict=True)
+    )
+    captions.write_text("".join(lines))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for done, _ in enumerate(pool.map(_write_missing, drawn, paths, chunksize=4), start=1):
+            if on_clip is not None:
+                on_clip(done)
+    return captions
+
+
+def _write_missing(scene: Scene, path: Path) -> None:
+    if not path.exists():
+        write_clip(scene, path)
+
+
+def _spots(group: Group) -> list[tuple[float, float]]:
+    x, y = CENTRES[group.place]
+    step = 0.56 * _width(group)
+    if group.count == 1:
+        return [(x, y)]
+    if group.count == 2:
+        return [(x, y - step), (x, y + step)] if group.place in ("left", "right") else [(x - step, y), (x + step, y)]
+    if group.place in ("left", "right"):
+        return [(x - 0.75 * step, y - step), (x + 0.75 * step, y), (x - 0.75 * step, y + step)]
+    return [(x - 2 * step, y), (x, y), (x + 2 * step, y)]
+
+
+def _width(group: Group) -> int:
+    """Pixels of one object."""
+    return {"small": (42, 34, 30), "large": (78, 60, 50)}[group.size][group.count - 1]
+
+
+def _mask(shape: str, width: int) -> Image.Image:
+    """(width, width) antialiased silhouette."""
+    n = 4 * width
+    mask = Image.new("L", (n, n))
+    draw = ImageDraw.Draw(mask)
+
+    def polygon(points: list[tuple[float, float]]) -> None:
+        draw.polygon([(n * x, n * y) for x, y in points], fill=255)
+
+    if shape == "ball":
+        draw.ellipse((0.03 * n, 0.03 * n, 0.97 * n, 0.97 * n), fill=255)
+    elif shape == "box":
+        draw.rounded_rectangle((0.08 * n, 0.08 * n, 0.92 * n, 0.92 * n), 0.06 * n, fill=255)
+    elif shape == "pyramid":
+        polygon([(0.5, 0.04), (0.98, 0.94), (0.02, 0.94)])
+    elif shape == "star":
+        turns = [math.pi * i / 5 - math.pi / 2 for i in range(10)]
+        radii = islice(cycle((0.5, 0.2)), 10)
+        polygon([(0.5 + r * math.cos(a), 0.52 + r * math.sin(a)) for a, r in zip(turns, radii, strict=True)])
+    elif shape == "ring":
+        draw.ellipse((0.03 * n, 0.03 * n, 0.97 * n, 0.97 * n), fill=255)
+        draw.ellipse((0.3 * n, 0.3 * n, 0.7 * n, 0.7 * n), fill=0)
+    elif shape == "heart":
+        turns = [2 * math.pi * i / 80 for i in range(80)]
+        curve = [(16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) for a in turns]
+        polygon([(0.5 + x / 34, 0.46 - y / 34) for x, y in curve])
+    elif shape == "cross":
+        draw.rectangle((0.33 * n, 0.03 * n, 0.67 * n, 0.97 * n), fill=255)
+        draw.rectangle((0.03 * n, 0.33 * n, 0.97 * n, 0.67 * n), fill=255)
+    else:
+        polygon([(0.5, 0.01), (0.88, 0.5), (0.5, 0.99), (0.12, 0.5)])
+    return mask.resize((width, width), Image.Resampling.LANCZOS)
+
+
+def _pattern(texture: str, width: int) -> NDArray[np.float32]:
+    """(width, width) from 0 to 1: how much of the second colour shows."""
+    y, x = np.mgrid[0:width, 0:width] / width
+    if texture == "striped":
+        return (np.sin(2 * math.pi * 3 * (x + y)) > 0).astype(np.float32)
+    if texture == "dotted":
+        cells = (x * 4 % 1 - 0.5) ** 2 + (y * 4 % 1 - 0.5) ** 2
+        return (cells < 0.09).astype(np.float32)
+    if texture == "chequered":
+        return ((np.floor(x * 4) + np.floor(y * 4)) % 2).astype(np.float32)
+    return np.zeros((width, width), np.float32)
+
+
+@lru_cache(maxsize=512)
+def _sprite(world: str, group: Group) -> Image.Image:
+    """One object of a group, RGBA, with a soft shadow or, on a plan, as an outline with its hatching."""
+    width = _width(group)
+    mask = _mask(group.shape, width)
+    colour = np.array(COLOURS[group.colour], np.float32)
+    pattern = _pattern(group.texture, width)[..., None]
+    alpha = np.asarray(mask, np.float32) / 255
+    if world == "blueprint":
+        inner = np.asarray(mask.filter(ImageFilter.MinFilter(5)), np.float32) / 255
+        ink = 255 - 0.8 * (255 - np.roll(255 - colour, 1))  # tints of the opposite hue
+        shown = np.clip(alpha - inner + 0.85 * inner * pattern[..., 0] + 0.16 * inner, 0, 1)
+        return _rgba(np.broadcast_to(ink, (width, width, 3)), shown)
+    second = np.clip(colour * 0.35, 0, 255) if colour.mean() > 110 else 255 - 0.45 * (255 - colour)
+    y, x = np.mgrid[0:width, 0:width] / width
+    light = (1.16 - 0.45 * np.hypot(x - 0.35, y - 0.3))[..., None]
+    body = _rgba((colour * (1 - pattern) + second * pattern) * light, alpha)
+    margin = 6
+    sprite = Image.new("RGBA", (width + 2 * margin, width + 2 * margin))
+    shadow = Image.new("L", sprite.size)
+    shadow.paste(mask.point(lambda v: v * 0.45), (margin + 3, margin + 4))
+    sprite.putalpha(shadow.filter(ImageFilter.GaussianBlur(2.5)))
+    sprite.alpha_composite(body, (margin, margin))
+    return sprite
+
+
+def _rgba(colour: NDArray[np.float32], alpha: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(np.dstack([np.clip(colour, 0, 255), 255 * alpha]).astype(np.uint8), "RGBA")
+
+
+@lru_cache(maxsize=32)
+def _ground(world: str, ground: str) -> Image.Image:
+    return _plan(ground) if world == "blueprint" else _landscape(ground)
+
+
+def _landscape(ground: str) -> Image.Image:
+    width, height = SIZE
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    rng = np.random.default_rng(GROUNDS.index(ground))
+    grain = rng.normal(0, 1, (height, width)).astype(np.float32)
+    smooth = np.asarray(Image.fromarray(grain).resize((width // 16, height // 16)).resize(SIZE, Image.Resampling.BICUBIC))
+    sky, near, far, horizon = {
+        "meadow": ((150, 205, 245), (70, 140, 55), (150, 200, 100), 0.35),
+        "beach": ((165, 220, 240), (238, 214, 160), (205, 178, 120), 0.3),
+        "snow": ((190, 205, 225), (242, 246, 252), (214, 224, 238), 0.35),
+        "sea": ((200, 230, 250), (20, 95, 140), (80, 165, 195), 0.25),
+        "wall": ((150, 80, 62), (150, 80, 62), (150, 80, 62), 0.0),
+        "desert": ((250, 170, 110), (190, 120, 70), (225, 160, 100), 0.4),
+    }[ground]
+    depth = np.clip((y / height - horizon) / (1 - horizon), 0, 1)[..., None]
+    earth = np.array(far, np.float32) * (1 - depth) + np.array(near, np.float32) * depth
+    edge = horizon * height + (6 * np.sin(x / 37) if ground in ("meadow", "snow", "desert") else 0 * x)
+    above = np.array(sky, np.float32) + (40 * (y / height))[..., None]
+    picture = np.where((y < edge)[..., None], above, earth)
+    if ground == "wall":
+        row = np.floor(y / 12)
+        mortar = (y % 12 < 2) | ((x + 14 * (row % 2)) % 28 < 2)
+        picture = np.where(mortar[..., None], 190.0, picture + (12 * np.sin(row * 5 + np.floor((x + 14 * (row % 2)) / 28) * 3))[..., None])
+    if ground == "sea":
+        picture += (14 * np.sin(y / 3 + 3 * np.sin(x / 19)) * depth[..., 0])[..., None]
+    picture = picture + (5 * smooth + 3 * grain)[..., None]
+    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+
+
+def _plan(ground: str) -> Image.Image:
+    width, height = SIZE
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    cx, cy = x - width / 2, y - height / 2
+    radius, angle = np.hypot(cx, cy), np.arctan2(cy, cx)
+    lines = {
+        "meadow": (x % 16 < 1.2) | (y % 16 < 1.2),
+        "beach": y % 12 < 1.4,
+        "snow": ((x % 12 - 6) ** 2 + (y % 12 - 6) ** 2) < 4,
+        "sea": np.zeros_like(x, bool),
+        "wall": ((0.58 * x + y) % 18 < 1.3) | ((0.58 * x - y) % 18 < 1.3),
+        "desert": (radius % 20 < 1.4) | (np.abs((angle * 6 / math.pi + 0.5) % 1 - 0.5) * radius * math.pi / 6 < 0.8),
+    }[ground]
+    border = (np.minimum.reduce([x, y, width - 1 - x, height - 1 - y]) // 2) == 3
+    paper = np.broadcast_to(np.array((22, 62, 130), np.float32), (height, width, 3))
+    picture = paper + 55 * lines[..., None] + 150 * border[..., None]
+    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+
+
+def _plainly(pixels: NDArray[np.float32], seed: int, t: float) -> Picture:
+    return pixels.astype(np.uint8)
+
+
+def _night_camera(pixels: NDArray[np.float32], seed: int, t: float) -> Picture:
+    """Inverted and permuted false colours, dimmed towards the corners, with scan lines, noise and a running time bar."""
+    width, height = SIZE
+    false = 255 - pixels[..., [1, 2, 0]]
+    y, x = np.mgrid[0:height, 0:width]
+    vignette = 1.08 - 0.55 * (((x - width / 2) / width) ** 2 + ((y - height / 2) / height) ** 2) * 2
+    noise = np.random.default_rng([seed, int(t * FPS)]).normal(0, 9, (height, width, 1))
+    shown = (0.78 * false + (0, 26, 8)) * (vignette * np.where(y % 3 == 0, 0.8, 1.0))[..., None] + noise
+    shown[height - 6 : height - 3, 8 : 8 + int(24 * t) % (width - 16)] = (120, 255, 140)
+    return np.clip(shown, 0, 255).astype(np.uint8)
+
+
+LOOKS: dict[str, Callable[[NDArray[np.float32], int, float], Picture]] = {
+    "daylight": _plainly,
+    "nightwatch": _night_camera,
+    "blueprint": _plainly,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write clips of a demo world.")
+    parser.add_argument("--world", choices=WORLDS, required=True)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    write_world(arguments.out, arguments.world, arguments.count, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
