@@ -108,9 +108,9 @@ def unpack(data: bytes) -> Artifact:
     return Artifact(hashlib.sha256(data).hexdigest(), backbone, shape, tensors)
 
 
-def describe(data: bytes, **facts: Any) -> Manifest:
+def describe(file: bytes, /, **facts: Any) -> Manifest:
     """The manifest of a packed adapter; `facts` are the fields that the file itself does not tell."""
-    artifact = unpack(data)
+    artifact = unpack(file)
     shape = artifact.shape
     return Manifest(
         digest=artifact.digest,
@@ -119,7 +119,7 @@ def describe(data: bytes, **facts: Any) -> Manifest:
         shared=shape.shared,
         scope=shape.scope,
         parameters=shape.parameters,
-        size=len(data),
+        size=len(file),
         **facts,
     )
 

@@ -114,7 +114,7 @@ class Backbone:
         projection = text.text_projection
         if isinstance(projection, nn.Linear):
             return projection(pooled)  # type: ignore[no-any-return]
-        return pooled if projection is None else pooled @ projection
+        return pooled if projection is None else pooled @ projection  # type: ignore[no-any-return]
 
     def encode_frames(self, pixels: Tensor, adapters: Adapters = None) -> Tensor:
         """pixels (N, 3, image_size, image_size) → (N, embed_dim) float32, unnormalised.
@@ -160,9 +160,8 @@ class Backbone:
         return MixedTowerAdapters.gather(distinct, torch.tensor(index, device=self.device), width, 2 * layers)
 
     def _ends(self, tokens: Tensor) -> Tensor:
-        if self._text_pool == "argmax":
-            return tokens.argmax(dim=-1)
-        return (tokens == self._eos_id).int().argmax(dim=-1)
+        """(B,) position of each text's end token, where the tower pools."""
+        return tokens.argmax(dim=-1) if self._text_pool == "argmax" else tokens.eq(self._eos_id or 0).int().argmax(dim=-1)
 
     def _check_architecture(self) -> None:
         for tower, holder in (("vision", self._visual), ("text", self._text)):

@@ -20,7 +20,8 @@ def q_score(texts: Tensor, frames: Tensor, temperature: float = TEMPERATURE) -> 
     gram = frames @ frames.transpose(1, 2)  # (V, F, F)
     squared = torch.einsum("tvf,vfg,tvg->tv", weights, gram, weights)
     norms = texts.norm(dim=-1, keepdim=True) * squared.clamp_min(1e-12).sqrt()  # (T, V)
-    return (weights * dots).sum(-1) / norms.clamp_min(1e-12)
+    scores: Tensor = (weights * dots).sum(-1) / norms.clamp_min(1e-12)
+    return scores
 
 
 def mean_pool(texts: Tensor, frames: Tensor) -> Tensor:

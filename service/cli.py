@@ -261,7 +261,9 @@ def doctor(data: Data = None, backbone: Backbone = None, pretrained: Pretrained 
 
 
 @adapters.command("list")
-def adapters_list(collection: CollectionName, tenant: TenantName = "default", data: Data = None, as_json: AsJson = False) -> None:
+def adapters_list(
+    collection: CollectionName, tenant: TenantName = "default", data: Data = None, as_json: AsJson = False
+) -> None:
     """The adapters of a collection."""
     from service.offline import adapter_versions
 

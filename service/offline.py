@@ -20,13 +20,14 @@ from service import catalog, ingest, learning
 from service.blobs import adapter_key, video_key
 from service.catalog import AdapterVersion, Caption, Collection, NotFound, Tenant, Video
 from service.records import new_id, now
+from service.routes.videos import parse_captions
 from service.runtime import Runtime
 from service.search import Found, Searcher
 from service.settings import Settings
 from service.uploads import InvalidUpload
 
 SUFFIXES = frozenset(
-    [".3gp", ".asf", ".avi", ".divx", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg", ".ogv", ".ts", ".vob", ".webm", ".wmv"]
+    """.3gp .asf .avi .divx .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogg .ogv .ts .vob .webm .wmv""".split()  # noqa: SIM905
 )
 
 
@@ -100,8 +101,6 @@ def read_captions(path: Path) -> dict[str, list[Caption]]:
             row = json.loads(line)
             name = Path(row.get("file") or row["video"]).name
             texts = row.get("captions") or [row[key] for key in sorted(row) if key.startswith("caption")]
-            from service.routes.videos import parse_captions
-
             found.setdefault(name, []).extend(parse_captions(texts))
         except (ValueError, KeyError, TypeError, AttributeError, InvalidUpload) as error:
             raise InvalidCaptions(f"{path}, line {number}: needs a file and captions ({error})") from error

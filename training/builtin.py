@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -27,7 +28,7 @@ from training.evaluation import Recall, encode_clips, encode_texts, recall
 from training.trainer import warmup_cosine
 from training.worlds import WORLDS, Picture, Scene, scenes
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "patch_size": 8, "head_width": 64},
@@ -84,7 +85,7 @@ def build() -> CLIP:
 def train(model: CLIP, options: argparse.Namespace, tell: object) -> None:
     """Symmetric cross-entropy over a batch of scenes, one frame and one phrasing of each."""
     assert callable(tell)
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])  # type: ignore[index]
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     drawn = scenes("daylight", options.scenes, options.seed)
     pixels = draw(drawn)  # (S, 2, 3, 64, 64) uint8
     tell(f"{len(drawn)} scenes drawn")

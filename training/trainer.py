@@ -93,7 +93,7 @@ def train(
         if not math.isfinite(loss.item()):
             raise TrainingDiverged(f"the loss became {loss.item()} at step {step}: try a lower learning rate")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(list(tensors.values()), recipe.gradient_clip)
         optimiser.step()
         schedule.step()

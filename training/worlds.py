@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Picture = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]
 SIZE = (256, 192)  # width and height in pixels; the middle square holds every object
 FPS = 10
 SHAPES = ("ball", "box", "pyramid", "star", "ring", "heart", "cross", "diamond")
@@ -285,8 +287,9 @@ def _mask(shape: str, width: int) -> Image.Image:
         draw.ellipse((0.3 * n, 0.3 * n, 0.7 * n, 0.7 * n), fill=0)
     elif shape == "heart":
         turns = [2 * math.pi * i / 80 for i in range(80)]
-        curve = [(16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) for a in turns]
-        polygon([(0.5 + x / 34, 0.46 - y / 34) for x, y in curve])
+        xs = [16 * math.sin(a) ** 3 for a in turns]
+        ys = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in turns]
+        polygon([(0.5 + x / 34, 0.46 - y / 34) for x, y in zip(xs, ys, strict=True)])
     elif shape == "cross":
         draw.rectangle((0.33 * n, 0.03 * n, 0.67 * n, 0.97 * n), fill=255)
         draw.rectangle((0.03 * n, 0.33 * n, 0.97 * n, 0.67 * n), fill=255)
@@ -295,17 +298,17 @@ def _mask(shape: str, width: int) -> Image.Image:
     return mask.resize((width, width), Image.Resampling.LANCZOS)
 
 
-def _pattern(texture: str, width: int) -> NDArray[np.float32]:
+def _pattern(texture: str, width: int) -> Floats:
     """(width, width) from 0 to 1: how much of the second colour shows."""
     y, x = np.mgrid[0:width, 0:width] / width
+    pattern = np.zeros((width, width))
     if texture == "striped":
-        return (np.sin(2 * math.pi * 3 * (x + y)) > 0).astype(np.float32)
-    if texture == "dotted":
-        cells = (x * 4 % 1 - 0.5) ** 2 + (y * 4 % 1 - 0.5) ** 2
-        return (cells < 0.09).astype(np.float32)
-    if texture == "chequered":
-        return ((np.floor(x * 4) + np.floor(y * 4)) % 2).astype(np.float32)
-    return np.zeros((width, width), np.float32)
+        pattern = np.sin(2 * math.pi * 3 * (x + y)) > 0
+    elif texture == "dotted":
+        pattern = (x * 4 % 1 - 0.5) ** 2 + (y * 4 % 1 - 0.5) ** 2 < 0.09
+    elif texture == "chequered":
+        pattern = (np.floor(x * 4) + np.floor(y * 4)) % 2
+    return np.asarray(pattern, np.float32)
 
 
 @lru_cache(maxsize=512)
@@ -334,7 +337,7 @@ def _sprite(world: str, group: Group) -> Image.Image:
     return sprite
 
 
-def _rgba(colour: NDArray[np.float32], alpha: NDArray[np.float32]) -> Image.Image:
+def _rgba(colour: Floats, alpha: Floats) -> Image.Image:
     return Image.fromarray(np.dstack([np.clip(colour, 0, 255), 255 * alpha]).astype(np.uint8), "RGBA")
 
 
@@ -364,8 +367,10 @@ def _landscape(ground: str) -> Image.Image:
     picture = np.where((y < edge)[..., None], above, earth)
     if ground == "wall":
         row = np.floor(y / 12)
-        mortar = (y % 12 < 2) | ((x + 14 * (row % 2)) % 28 < 2)
-        picture = np.where(mortar[..., None], 190.0, picture + (12 * np.sin(row * 5 + np.floor((x + 14 * (row % 2)) / 28) * 3))[..., None])
+        along = x + 14 * (row % 2)
+        mortar = (y % 12 < 2) | (along % 28 < 2)
+        shade = 12 * np.sin(5 * row + 3 * np.floor(along / 28))
+        picture = np.where(mortar[..., None], 190.0, picture + shade[..., None])
     if ground == "sea":
         picture += (14 * np.sin(y / 3 + 3 * np.sin(x / 19)) * depth[..., 0])[..., None]
     picture = picture + (5 * smooth + 3 * grain)[..., None]
@@ -391,11 +396,11 @@ def _plan(ground: str) -> Image.Image:
     return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 
-def _plainly(pixels: NDArray[np.float32], seed: int, t: float) -> Picture:
+def _plainly(pixels: Floats, seed: int, t: float) -> Picture:
     return pixels.astype(np.uint8)
 
 
-def _night_camera(pixels: NDArray[np.float32], seed: int, t: float) -> Picture:
+def _night_camera(pixels: Floats, seed: int, t: float) -> Picture:
     """Inverted and permuted false colours, dimmed towards the corners, with scan lines, noise and a running time bar."""
     width, height = SIZE
     false = 255 - pixels[..., [1, 2, 0]]
@@ -404,10 +409,10 @@ def _night_camera(pixels: NDArray[np.float32], seed: int, t: float) -> Picture:
     noise = np.random.default_rng([seed, int(t * FPS)]).normal(0, 9, (height, width, 1))
     shown = (0.78 * false + (0, 26, 8)) * (vignette * np.where(y % 3 == 0, 0.8, 1.0))[..., None] + noise
     shown[height - 6 : height - 3, 8 : 8 + int(24 * t) % (width - 16)] = (120, 255, 140)
-    return np.clip(shown, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(shown, 0, 255), np.uint8)
 
 
-LOOKS: dict[str, Callable[[NDArray[np.float32], int, float], Picture]] = {
+LOOKS: dict[str, Callable[[Floats, int, float], Picture]] = {
     "daylight": _plainly,
     "nightwatch": _night_camera,
     "blueprint": _plainly,
