@@ -1,0 +1,127 @@
+"""The frozen towers equal open_clip's own, whatever the architecture."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from backbone import Backbone, BackboneNotFound, UnsupportedBackbone, load_backbone, to_pixels
+
+TEXTS = ["a dog runs through snow", "", "two people " * 60, "Ein Hund läuft. 🐕"]
+
+
+def builtin() -> Backbone:
+    return load_backbone("builtin")
+
+
+@pytest.mark.parametrize("name", ["builtin", "ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14"])
+def test_without_adapter_the_outputs_are_open_clips_own(name: str) -> None:
+    backbone = load_backbone(name, None if name == "builtin" else "random")
+    model = backbone._model
+    side = backbone.image_size
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, side, side), dtype=np.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone._mean, backbone._std))
+    with torch.inference_mode():
+        pixels = torch.from_numpy(images)
+        expected = model.encode_image((pixels.float() / 255 - mean) / std)
+        torch.testing.assert_close(backbone.encode_frames(pixels), expected, atol=1e-5, rtol=1e-5)
+        tokens = backbone.tokenize(TEXTS)
+        torch.testing.assert_close(backbone.encode_text(tokens.ids), model.encode_text(tokens.ids), atol=1e-5, rtol=1e-5)
+    assert backbone.encode_text(tokens.ids).dtype == torch.float32
+
+
+def test_the_context_length_cuts_and_tells() -> None:
+    tokens = builtin().tokenize(TEXTS)
+    assert tokens.truncated == (False, False, True, False)
+    assert tokens.ids.shape == (4, 77)
+
+
+def test_a_text_that_just_fits_is_not_called_cut() -> None:
+    backbone = builtin()
+    assert backbone.tokenize(["dog " * 75, "dog " * 76]).truncated == (False, True)
+
+
+def test_frames_as_floats_are_taken_as_normalised() -> None:
+    backbone = builtin()
+    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8))
+    normalised = (pixels.float() / 255 - torch.tensor(backbone._mean).view(1, 3, 1, 1)) / torch.tensor(backbone._std).view(1, 3, 1, 1)
+    torch.testing.assert_close(backbone.encode_frames(pixels), backbone.encode_frames(normalised), atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\)"):
+        builtin().encode_frames(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("size", [(320, 240), (240, 320), (64, 64), (65, 1000), (17, 9), (223, 224)])
+def test_to_pixels_is_open_clips_own_transform(size: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    transform = open_clip.image_transform(64, is_train=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    expected = (transform(picture) * 255).round().to(torch.uint8).numpy()
+    np.testing.assert_array_equal(to_pixels(picture, 64), expected)
+
+
+def test_weights_from_a_local_checkpoint_give_the_same_vectors(tmp_path: Path) -> None:
+    """The path that OpenAI's weights take: `--pretrained FILE`."""
+    torch.manual_seed(3)
+    original = open_clip.create_model("ViT-B-32-quickgelu")
+    torch.save(original.state_dict(), tmp_path / "clip.pt")
+    backbone = load_backbone("ViT-B-32-quickgelu", str(tmp_path / "clip.pt"))
+    tokens = backbone.tokenize(TEXTS[:1]).ids
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.encode_text(tokens), original.eval().encode_text(tokens), atol=1e-5, rtol=1e-5)
+    again = load_backbone("ViT-B-32-quickgelu", str(tmp_path / "clip.pt"))
+    assert again.fingerprint == backbone.fingerprint
+    assert load_backbone("ViT-B-32", str(tmp_path / "clip.pt")).fingerprint != backbone.fingerprint, "another activation"
+
+
+def test_random_weights_come_from_their_seed() -> None:
+    a, b, c = (load_backbone("ViT-B-32", "random", seed=seed) for seed in (0, 0, 1))
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+
+
+def test_every_weight_is_frozen() -> None:
+    assert not any(p.requires_grad for p in builtin()._model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "reason"),
+    [
+        ("ViT-Q-1", "random", "no backbone named"),
+        ("ViT-B-32", None, "needs --pretrained"),
+        ("ViT-B-32", "no-such-tag", "neither a file nor one of its tags"),
+        ("builtin", "openai", "brings its own weights"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_line(name: str, pretrained: str | None, reason: str) -> None:
+    with pytest.raises(BackboneNotFound, match=reason) as caught:
+        load_backbone(name, pretrained)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    torch.save({"some": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(BackboneNotFound, match="does not hold weights"):
+        load_backbone("ViT-B-32", str(tmp_path / "other.pt"))
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(BackboneNotFound):
+        load_backbone("ViT-B-32", str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["RN50", "coca_ViT-B-32"])
+def test_towers_without_plain_blocks_are_refused(name: str) -> None:
+    with pytest.raises((UnsupportedBackbone, BackboneNotFound)):
+        load_backbone(name, "random")

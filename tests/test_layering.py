@@ -1,0 +1,56 @@
+"""Who may import whom: the arrows of docs/architecture.md point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "backbone": set(),
+    "adapters_store": {"backbone"},
+    "indexer": {"backbone"},
+    "training": {"backbone", "adapters_store", "indexer"},
+    "service": {"backbone", "adapters_store", "indexer", "training"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    for path in (ROOT / package).rglob("*.py"):
+        ours = {name.split(".")[0] for name in imports(path)} & set(MAY_IMPORT)
+        assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("module", ["indexer/index.py", "indexer/decode.py", "indexer/sandbox.py"])
+def test_index_and_decoder_know_no_torch(module: str) -> None:
+    names = imports(ROOT / module)
+    assert not {name for name in names if name.split(".")[0] in ("torch", "open_clip", "backbone")}
+
+
+def test_the_adapter_is_never_state_of_the_model() -> None:
+    for path in (ROOT / "backbone").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert not node.name.startswith(("set_adapter", "load_adapter", "enable_adapter")), path
+
+
+def test_routes_and_schemas_are_the_only_users_of_pydantic_models() -> None:
+    allowed = {"service/schemas.py", "service/settings.py", "service/routes", "service/mistakes.py"}
+    for path in (ROOT / "service").rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not any(name.startswith(prefix) for prefix in allowed):
+            assert not {n for n in imports(path) if n.split(".")[0] == "pydantic"}, name
