@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -151,7 +152,7 @@ def held_out_recall(model: CLIP, world: str) -> Recall:
 
 def draw(drawn: list[Scene], frames: int = 2) -> Picture:
     """(scenes, frames, 3, 64, 64) uint8: frames at the centres of equal slices of each scene."""
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = list(pool.map(_draw_one, drawn, [frames] * len(drawn), chunksize=64))
     return np.stack(parts)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -234,7 +235,7 @@ def write_world(
         for path, scene in zip(paths, drawn, strict=True)
     )
     captions.write_text("".join(lines))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for done, _ in enumerate(pool.map(_write_missing, drawn, paths, chunksize=4), start=1):
             if on_clip is not None:
                 on_clip(done)

@@ -47,7 +47,8 @@ def test_a_text_that_just_fits_is_not_called_cut() -> None:
 def test_frames_as_floats_are_taken_as_normalised() -> None:
     backbone = builtin()
     pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8))
-    normalised = (pixels.float() / 255 - torch.tensor(backbone._mean).view(1, 3, 1, 1)) / torch.tensor(backbone._std).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (backbone._mean, backbone._std))
+    normalised = (pixels.float() / 255 - mean) / std
     torch.testing.assert_close(backbone.encode_frames(pixels), backbone.encode_frames(normalised), atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,50 @@
+import pytest
+
+from backbone import TowerDims
+from training.recipe import InvalidRecipe, Recipe
+
+DIMS = TowerDims(192, 6, 128, 4)
+
+
+def test_a_recipe_survives_its_json() -> None:
+    recipe = Recipe.of({"rank": 4, "learning_rate": 1, "scope": "text", "steps": 7})
+    assert Recipe.of(recipe.to_json()) == recipe
+    assert recipe.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rnak": 4}, "rnak"),
+        ({"rank": "4"}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"rank": 4.5}, "rank"),
+        ({"rank": 0}, "rank"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"steps": 0}, "steps"),
+        ({"scope": "audio"}, "scope"),
+        ({"scope": 3}, "scope"),
+        ({"validation": 1.0}, "validation"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, object], name: str) -> None:
+    with pytest.raises(InvalidRecipe, match=name):
+        Recipe.of(fields)
+
+
+def test_one_tower_shares_nothing() -> None:
+    assert Recipe(scope="text").shape(DIMS).shared == 0
+    assert Recipe(scope="both").shape(DIMS).shared == 16
+
+
+def test_more_shared_rows_than_the_narrower_tower_has_are_refused() -> None:
+    with pytest.raises(InvalidRecipe, match="shared"):
+        Recipe(shared=129).shape(DIMS)
+
+
+def test_a_small_collection_still_gets_enough_steps() -> None:
+    assert Recipe().total_steps(20) == 300
+    assert Recipe(epochs=5, batch_size=32).total_steps(32_000) == 5000
+    assert Recipe(steps=3).total_steps(20) == 3
