@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -11,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from adapters_store import AdapterMismatch, InvalidAdapter
 from backbone.batcher import BatcherFull
@@ -22,7 +23,9 @@ from service.filters import InvalidFilter
 from service.idempotency import KeyReused
 from service.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow
 from service.learning import TooFewCaptions
+from service.middleware import BodyTooLarge
 from service.paging import InvalidPageToken
+from service.routes.tasks import TaskNotCancellable
 from service.runtime import OtherBackbone
 from service.search import EmptyText
 from service.uploads import EmptyFile, FileTooLarge, InvalidUpload, UnsupportedMedia
@@ -38,7 +41,9 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     QuotaExceeded: (403, "quota_exceeded"),
     BlobMissing: (404, "file_missing"),
     TooFewCaptions: (409, "too_few_captions"),
+    TaskNotCancellable: (409, "task_not_cancellable"),
     FileTooLarge: (413, "video_too_large"),
+    BodyTooLarge: (413, "body_too_large"),
     UnsupportedMedia: (415, "unsupported_media"),
     EmptyFile: (422, "empty_file"),
     InvalidUpload: (422, "invalid_upload"),
@@ -54,7 +59,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     BatcherFull: (503, "overloaded"),
     OperationalError: (503, "database_unavailable"),
 }
-PLAIN = {404: "not_found", 405: "method_not_allowed"}
+PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
 
 
 def install(app: FastAPI) -> None:
@@ -66,7 +71,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(InvalidFilter, _invalid_filter)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(Exception, _internal)
 
 
 def problem(
@@ -88,12 +92,12 @@ def problem(
     }
     if errors:
         body["errors"] = list(errors)
-    extra = dict(headers or {})
+    extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         extra.setdefault("Retry-After", "2")
-    return JSONResponse(body, status, extra, media_type="application/problem+json")
+    return Response(json.dumps(body), status, extra, media_type="application/problem+json")
 
 
 def _handler(status: int, code: str) -> Any:
@@ -134,6 +138,7 @@ def _plain(request: Request, error: Exception) -> Response:
     return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
 
 
-def _internal(request: Request, error: Exception) -> Response:
-    log.exception("request_failed", path=request.url.path, exc_info=error)
+def internal(request: Request, error: Exception) -> Response:
+    """The answer to what nobody expected; called by the middleware that gives out request ids."""
+    log.exception("request_failed", request_id=request.state.request_id, path=request.url.path, exc_info=error)
     return problem(request, 500, "internal", "this is our fault; the log tells more under the request id")

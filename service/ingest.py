@@ -74,8 +74,11 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
         "segments": len(decoded.segments),
     }
     with runtime.database.write() as connection:
-        catalog.set_video(connection, tenant, video_id, status="queued", media=media)
+        alive = catalog.set_video(connection, tenant, video_id, status="queued", media=media)
         catalog.set_task(connection, tenant, video.task_id, progress=0.5, message="decoded")
+    if not alive:  # deleted while it was decoded: its files were purged before these were written
+        purge_video(runtime, video.collection_id, video_id)
+        raise NotFound("video", video_id)
 
 
 def embed_video(runtime: Runtime, tenant: str, video_id: str) -> None:

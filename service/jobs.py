@@ -224,12 +224,12 @@ def work(settings: Settings, queues: list[str], name: str = "worker") -> None:
         DBOS.register_queue(queue, worker_concurrency=CONCURRENCY[queue], polling_interval_sec=0.25)
     jobs = Jobs(settings)
     log.info("worker_started", worker=name, queues=queues, pid=os.getpid())
-    last_sweep = 0.0
-    while not stop.wait(HEARTBEAT_SECONDS if last_sweep else 0):
+    last_sweep: float | None = None
+    while not stop.wait(HEARTBEAT_SECONDS if last_sweep is not None else 0):
         try:
             with runtime.database.write() as connection:
                 catalog.worker_seen(connection, name)
-            if time.monotonic() - last_sweep > SWEEP_SECONDS:
+            if last_sweep is None or time.monotonic() - last_sweep > SWEEP_SECONDS:
                 last_sweep = time.monotonic()
                 sweep(runtime, jobs)
         except sqlalchemy.exc.OperationalError as error:  # a locked or vanished database: go on trying

@@ -92,7 +92,7 @@ def sign(secret: str, path: str, expires: int) -> str:
 
 def check_signature(secret: str, path: str, expires: int, signature: str) -> None:
     """Raises InvalidSignature."""
-    if not hmac.compare_digest(sign(secret, path, expires), signature):
+    if not hmac.compare_digest(sign(secret, path, expires).encode(), signature.encode()):
         raise InvalidSignature("the URL's signature is wrong")
     if datetime.now(UTC).timestamp() > expires:
         raise InvalidSignature("the URL has expired: search again for a fresh one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 
 
 class InvalidPageToken(ValueError):
@@ -25,6 +26,6 @@ def decode(kind: str, token: str | None) -> str | None:
         found, position = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode().split(":", 1)
     except (binascii.Error, ValueError) as error:
         raise InvalidPageToken("the page token is not one of ours") from error
-    if found != kind or (kind == "offset" and not position.isdecimal()):
+    if found != kind or (kind == "offset" and not re.fullmatch("[0-9]{1,15}", position)):
         raise InvalidPageToken("the page token is of another list")
     return position

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_TEXT = 10_000
 PageLimit = Annotated[int, Field(ge=1, le=50)]
@@ -44,8 +44,15 @@ class ChangedCollection(In):
 
 class CaptionIn(In):
     text: str = Field(min_length=1, max_length=MAX_TEXT)
-    start: float | None = Field(None, ge=0)
-    end: float | None = Field(None, ge=0)
+    start: float | None = Field(None, ge=0, allow_inf_nan=False)
+    end: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+    @field_validator("text")
+    @classmethod
+    def _worded(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("must have more than white space")
+        return text
 
     @model_validator(mode="after")
     def _ordered(self) -> CaptionIn:
@@ -86,6 +93,14 @@ class NewTenant(In):
 class NewKey(In):
     role: Literal["search", "write", "admin"]
     expires_at: datetime | None = None
+
+    @field_validator("expires_at")
+    @classmethod
+    def _utc(cls, moment: datetime | None) -> datetime | None:
+        try:
+            return moment and (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        except OverflowError as error:
+            raise ValueError("is out of range") from error
 
 
 class PageInfo(BaseModel):

@@ -23,7 +23,6 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     runtime = Runtime(settings)
     root_key = runtime.prepare()
     fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
-    runtime.close()
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
     console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
     if root_key is not None:
@@ -32,7 +31,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     supervisor = Supervisor(settings) if worker else None
     if supervisor is not None:
         supervisor.start()
-    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5, access_log=False)
+    config = uvicorn.Config(create_app(settings, runtime), log_level="warning", timeout_graceful_shutdown=5, access_log=False)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

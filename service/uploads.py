@@ -53,6 +53,7 @@ class Upload:
             return None
         try:
             value = json.loads(self.fields[name])
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
         except (ValueError, RecursionError) as error:
             raise InvalidUpload(f"the part {name!r} is not JSON: {str(error)[:100]}") from error
         if not isinstance(value, kind):
@@ -67,7 +68,7 @@ class _File(BaseTarget):  # type: ignore[misc]
         super().__init__()
         self._path, self._limit, self._video = path, limit, video
         self.size = 0
-        self.seen = False
+        self.seen = self.whole = False
         self._hash = hashlib.sha256()
         self._head = b""
 
@@ -90,8 +91,13 @@ class _File(BaseTarget):  # type: ignore[misc]
 
     def on_finish(self) -> None:
         self._out.close()
+        self.whole = True
         if self._video and 0 < len(self._head) < SNIFF_BYTES:
             check_container(self._head)
+
+    def close(self) -> None:
+        if self.seen:
+            self._out.close()
 
     @property
     def sha256(self) -> str:
@@ -124,11 +130,14 @@ async def receive(
                 await to_thread.run_sync(parser.data_received, chunk)
         if not target.seen:
             raise InvalidUpload("there is no part 'file'")
+        if not target.whole:
+            raise InvalidUpload("the multipart body breaks off within the part 'file'")
         if target.size == 0:
             raise EmptyFile("the file is empty")
         texts = {name: value.value.decode("utf-8", "replace") for name, value in values.items() if value.value}
         return Upload(path, _label(target.multipart_filename), target.sha256, target.size, texts)
     except BaseException:
+        target.close()
         path.unlink(missing_ok=True)
         raise
 

@@ -30,10 +30,7 @@ def create(body: NewTenant, who: Anyone, house: InHouse) -> dict[str, Any]:
 def add_key(name: str, body: NewKey, who: Anyone, house: InHouse) -> dict[str, Any]:
     """A new API key; the only time that it is shown."""
     key_id, key = keys.new_key()
-    expires = None
-    if body.expires_at is not None:
-        moment = body.expires_at if body.expires_at.tzinfo else body.expires_at.replace(tzinfo=UTC)
-        expires = moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    expires = body.expires_at.isoformat().replace("+00:00", "Z") if body.expires_at is not None else None
     with house.runtime.database.write() as connection:
         tenant = _tenant(connection, who, name)
         record = catalog.add_key(connection, tenant.id, key_id, body.role, keys.hash_key(key), expires)

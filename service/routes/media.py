@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response, StreamingResponse
 
 from service import catalog, keys
@@ -44,7 +44,7 @@ def ranged(blobs: Blobs, key: str, media_type: str, header: str | None) -> Respo
         start = int(first) if first else max(0, size - int(last))
         end = min(size, int(last) + 1) if first and last else size
         if start >= size or start >= end:
-            return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+            raise HTTPException(416, f"the file has {size} bytes", {"Content-Range": f"bytes */{size}"})
         status = 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)

@@ -18,8 +18,13 @@ from service.routes.collections import listing
 
 router = APIRouter(prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+CANCELLABLE = ("train_adapter", "activate", "evaluate")
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5
+
+
+class TaskNotCancellable(ValueError):
+    """A task of this kind runs to its end."""
 
 
 @router.get("")
@@ -49,10 +54,11 @@ def cancel(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
     """A waiting task ends at once; a running one at its next step."""
     with house.runtime.database.write() as connection:
         task = catalog.task(connection, tenant.id, task_id)
-        if task.kind in ("train_adapter", "activate", "evaluate"):
-            catalog.set_task(connection, tenant.id, task_id, cancel_requested=True)
-            if task.status == "queued":
-                catalog.end_task(connection, tenant.id, task_id, "cancelled")
+        if task.kind not in CANCELLABLE and task.status not in ENDED:
+            raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end; to stop indexing a video, delete the video")
+        catalog.set_task(connection, tenant.id, task_id, cancel_requested=True)
+        if task.status == "queued":
+            catalog.end_task(connection, tenant.id, task_id, "cancelled")
         return show(catalog.task(connection, tenant.id, task_id))
 
 

@@ -155,12 +155,13 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
         collection = collection_of(connection, tenant, name)
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
-        if (twin := catalog.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
+        if key is None and (twin := catalog.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
             return _duplicate(twin)
     blobs.put_file(video_key(collection.id, video_id), received.path)
     task: Task | None = None
     try:
         with database.write() as connection:
+            catalog.lock_collection(connection, tenant.id, collection.id)  # of two equal uploads at once, one is the twin
             earlier = idempotency.earlier_answer(connection, tenant.id, key, hashed)
             twin = catalog.twin(connection, tenant.id, collection.id, received.sha256)
             if earlier is None and twin is None:
@@ -170,9 +171,10 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
                     received.filename, received.sha256, received.size, metadata, captions,
                 )  # fmt: skip
                 answer = {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None}
-                idempotency.remember(connection, tenant.id, key, hashed, answer)
             else:
                 answer = earlier if earlier is not None else _duplicate(twin)
+            if earlier is None:
+                idempotency.remember(connection, tenant.id, key, hashed, answer)
     finally:
         if task is None:
             blobs.delete(video_key(collection.id, video_id))
