@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -19,6 +20,7 @@ import obstore
 from obstore.store import from_url
 
 CHUNK = 1024 * 1024
+SCRATCH_SECONDS = 24 * 3600
 
 
 class BlobMissing(LookupError):
@@ -131,10 +133,12 @@ class Blobs:
             finally:
                 path.unlink(missing_ok=True)
 
-    def clear_scratch(self) -> None:
-        """Removes what earlier processes left half-way. Only while no other process of this data folder runs."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(parents=True, exist_ok=True)
+    def sweep_scratch(self) -> None:
+        """Removes what a process that died left half-way: everything that nobody has touched for a day."""
+        for path in self._scratch.iterdir():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > SCRATCH_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     listener = _listen(host, port)
     runtime = Runtime(settings)
     root_key = runtime.prepare()
+    runtime.blobs.sweep_scratch()
     fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
     console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
