@@ -305,6 +305,8 @@ def create_collection(
 
 
 def collection_named(connection: Connection, tenant: str, name: str) -> Collection:
+    if not NAME.fullmatch(name):  # nothing that a database would choke on
+        raise NotFound("collection", name)
     mine = and_(collections.c.tenant_id == tenant, collections.c.name == name, collections.c.deleted_at.is_(None))
     row = connection.execute(select(collections).where(mine)).mappings().first()
     if row is None:
@@ -562,6 +564,8 @@ def add_generation(
 
 def active_generation(connection: Connection, tenant: str, name: str) -> tuple[Collection, Generation]:
     """The collection and the generation that its searches use, read in one step: adapter and vectors always fit."""
+    if not NAME.fullmatch(name):
+        raise NotFound("collection", name)
     query = (
         _with_digest.add_columns(collections)
         .join(collections, collections.c.active_generation_id == generations.c.id)

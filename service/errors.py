@@ -71,6 +71,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(InvalidFilter, _invalid_filter)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Exception, _internal)
 
 
 def problem(
@@ -138,7 +139,6 @@ def _plain(request: Request, error: Exception) -> Response:
     return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
 
 
-def internal(request: Request, error: Exception) -> Response:
-    """The answer to what nobody expected; called by the middleware that gives out request ids."""
+def _internal(request: Request, error: Exception) -> Response:
     log.exception("request_failed", request_id=request.state.request_id, path=request.url.path, exc_info=error)
     return problem(request, 500, "internal", "this is our fault; the log tells more under the request id")

@@ -6,6 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.records import new_id
@@ -13,8 +14,14 @@ from service.records import new_id
 BODY_BYTES = 8 * 1024 * 1024  # of a body that is not multipart; uploads have their own limit
 
 
-class BodyTooLarge(ValueError):
+class BodyTooLarge(HTTPException):  # FastAPI calls every other exception out of a body's stream a syntax error
     """A body that is not an upload is over the limit."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(413, detail)
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 class Metrics:

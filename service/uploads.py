@@ -19,6 +19,7 @@ from streaming_form_data.validators import MaxSizeValidator, ValidationError
 
 FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = 1024
+DEPTH = 32  # of JSON that comes back with every hit
 
 
 class InvalidUpload(ValueError):
@@ -56,6 +57,8 @@ class Upload:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
         except (ValueError, RecursionError) as error:
             raise InvalidUpload(f"the part {name!r} is not JSON: {str(error)[:100]}") from error
+        if not _within(value, DEPTH):
+            raise InvalidUpload(f"the part {name!r} is nested more than {DEPTH} levels deep")
         if not isinstance(value, kind):
             raise InvalidUpload(f"the part {name!r} must be a JSON {'object' if kind is dict else 'list'}")
         return value
@@ -163,6 +166,11 @@ def check_container(head: bytes) -> None:
     m2ts = head[4:5] == b"\x47" and (len(head) <= 196 or head[196:197] == b"\x47")
     if not (head[4:8] in boxes or head.startswith(starts) or transport or m2ts):
         raise UnsupportedMedia("this file is no video: it does not begin like any video container")
+
+
+def _within(value: Any, levels: int) -> bool:
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
 
 
 @contextmanager
