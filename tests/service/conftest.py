@@ -1,0 +1,43 @@
+"""One real server with its worker for all tests of the service, and an application in this process for quick ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import ROOT_KEY, Server, Tenant, new_tenant
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`polyclip serve` with its worker, on a data folder of its own."""
+    running = Server(tmp_path_factory.mktemp("server") / "data").start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def tenant(server: Server) -> Tenant:
+    """A fresh tenant of the real server."""
+    return new_tenant(server.client)
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An application without a worker, in this process; what it cannot answer comes back as 500."""
+    settings = Settings(
+        data=tmp_path_factory.mktemp("application") / "data", root_key=ROOT_KEY, max_video_bytes=100_000, threads=1
+    )
+    with TestClient(create_app(settings), raise_server_exceptions=False) as running:
+        yield running
+
+
+@pytest.fixture
+def guest(client: Any) -> Tenant:
+    """A fresh tenant of the application in this process."""
+    return new_tenant(client)
