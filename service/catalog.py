@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, delete, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.records import (
@@ -627,8 +627,14 @@ def missing_vectors(connection: Connection, tenant: str, collection: str, vector
     return [_record(Video, row) for row in connection.execute(query).mappings()]
 
 
+def _in_set(tenant: str, vector_set: str) -> ColumnElement[bool]:
+    """Rows of a vector set, if it is the tenant's: rows of `segments` bear no tenant themselves."""
+    owned = exists().where(generations.c.tenant_id == tenant, generations.c.id == vector_set)
+    return and_(segments.c.vector_set == vector_set, owned)
+
+
 def has_vectors(connection: Connection, tenant: str, video_id: str, vector_set: str) -> bool:
-    mine = and_(segments.c.vector_set == vector_set, segments.c.video_id == video_id)
+    mine = and_(_in_set(tenant, vector_set), segments.c.video_id == video_id)
     return connection.scalar(select(func.count()).select_from(segments).where(mine)) not in (0, None)
 
 
@@ -653,13 +659,13 @@ def segments_after(
 ) -> list[dict[str, Any]]:
     """Rows of a vector set in order of sequence number, tombstones among them; without the frame vectors."""
     columns = (segments.c.seq, segments.c.video_id, segments.c.ordinal, segments.c.start, segments.c.end, segments.c.pooled)
-    mine = and_(segments.c.vector_set == vector_set, segments.c.seq > seq)
+    mine = and_(_in_set(tenant, vector_set), segments.c.seq > seq)
     rows = connection.execute(select(*columns).where(mine).order_by(segments.c.seq).limit(limit))
     return [dict(row) for row in rows.mappings()]
 
 
 def frame_vectors(connection: Connection, tenant: str, vector_set: str, seqs: Iterable[int]) -> dict[int, bytes]:
-    mine = and_(segments.c.vector_set == vector_set, segments.c.seq.in_(list(seqs)))
+    mine = and_(_in_set(tenant, vector_set), segments.c.seq.in_(list(seqs)))
     return {seq: frames for seq, frames in connection.execute(select(segments.c.seq, segments.c.frames).where(mine))}
 
 

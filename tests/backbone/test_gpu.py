@@ -20,6 +20,7 @@ def test_vectors_on_the_gpu_are_those_of_the_cpu() -> None:
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     there = [adapter.to(gpu.device) for adapter in adapters]
     with torch.inference_mode():
-        torch.testing.assert_close(gpu.encode_text(tokens, there).cpu(), cpu.encode_text(tokens, adapters), atol=1e-2, rtol=1e-2)
+        found = gpu.encode_text(tokens, there).cpu()
+        torch.testing.assert_close(found, cpu.encode_text(tokens, adapters), atol=1e-2, rtol=1e-2)
         expected = cpu.encode_frames(pixels, adapters)
         torch.testing.assert_close(gpu.encode_frames(pixels, there).cpu(), expected, atol=1e-2, rtol=1e-2)

@@ -1,0 +1,229 @@
+"""Nobody meets another tenant's objects: not by name, not by id, not in a list, not in a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from serving import Tenant, clip, new_tenant
+
+from backbone import AdapterShape
+from service import catalog, learning, search
+from service.catalog import NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Estate:
+    """What one tenant owns, each object by what names it in a path."""
+
+    owner: Tenant
+    collection: str
+    video: str
+    task: str
+    adapter: str
+    key: str
+
+
+@pytest.fixture(scope="module")
+def estate(client: Any) -> Estate:
+    owner = new_tenant(client)
+    collection = owner.collection("films")
+    uploaded = owner.upload(collection, clip(), captions=["a ball"]).json()
+    path = f"/admin/collections/{collection}/adapters/import"
+    imported = owner.call("POST", path, files={"file": ("a.safetensors", adapter_file(client))})
+    assert imported.status_code == 202, imported.text
+    key = owner.keys["search"].split("_")[1]
+    return Estate(owner, collection, uploaded["video_id"], uploaded["task_id"], imported.json()["adapter_id"], key)
+
+
+@pytest.fixture
+def stranger(client: Any) -> Tenant:
+    """An admin of another tenant, with a collection of its own."""
+    other = new_tenant(client)
+    other.collection("mine")
+    return other
+
+
+def adapter_file(client: Any) -> bytes:
+    """An untrained adapter for the application's backbone."""
+    import torch
+
+    import adapters_store
+
+    backbone = client.app.state.house.runtime.backbone
+    shape = AdapterShape(backbone.dims, 2, 0, "text")
+    tensors = {name: torch.zeros(size) for name, size in shape.layout().items()}
+    return adapters_store.pack(shape, backbone.fingerprint, tensors)
+
+
+ROUTES = [
+    ("GET", "/collections/{collection}", None),
+    ("PATCH", "/collections/{collection}", {"settings": {}}),
+    ("DELETE", "/collections/{collection}", None),
+    ("POST", "/search", {"collection": "{collection}", "text": "a ball"}),
+    ("GET", "/collections/{collection}/videos", None),
+    ("GET", "/collections/{collection}/videos/{video}", None),
+    ("GET", "/collections/mine/videos/{video}", None),
+    ("PUT", "/collections/{collection}/videos/{video}/captions", {"captions": []}),
+    ("PUT", "/collections/mine/videos/{video}/captions", {"captions": []}),
+    ("DELETE", "/collections/{collection}/videos/{video}", None),
+    ("DELETE", "/collections/mine/videos/{video}", None),
+    ("GET", "/tasks/{task}", None),
+    ("GET", "/tasks/{task}/events", None),
+    ("POST", "/tasks/{task}/cancel", None),
+    ("GET", "/tasks?collection={collection}", None),
+    ("GET", "/collections/{collection}/adapters", None),
+    ("GET", "/collections/{collection}/adapters/{adapter}", None),
+    ("GET", "/collections/mine/adapters/{adapter}", None),
+    ("GET", "/collections/{collection}/adapters/{adapter}/weights", None),
+    ("GET", "/collections/mine/adapters/{adapter}/weights", None),
+    ("POST", "/admin/collections/{collection}/adapters", {}),
+    ("POST", "/admin/collections/{collection}/activate", {"adapter_id": None}),
+    ("POST", "/admin/collections/mine/activate", {"adapter_id": "{adapter}"}),
+    ("POST", "/admin/collections/{collection}/evaluate", {}),
+    ("GET", "/admin/tenants/{tenant}/usage", None),
+    ("GET", "/admin/tenants/{tenant}/keys", None),
+    ("POST", "/admin/tenants/{tenant}/keys", {"role": "admin"}),
+    ("DELETE", "/admin/tenants/{tenant}/keys/{key}", None),
+    ("DELETE", "/admin/tenants/{mine}/keys/{key}", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_another_tenants_object_is_a_404(estate: Estate, stranger: Tenant, method: str, path: str, body: Any) -> None:
+    names = {
+        "collection": estate.collection, "video": estate.video, "task": estate.task, "adapter": estate.adapter,
+        "key": estate.key, "tenant": estate.owner.name, "mine": stranger.name,
+    }  # fmt: skip
+    if body is not None:
+        body = {name: value.format(**names) if isinstance(value, str) else value for name, value in body.items()}
+    answer = stranger.call(method, path.format(**names), **({"json": body} if body is not None else {}))
+    assert answer.status_code == 404, answer.text
+    assert answer.json()["code"].endswith("_not_found")
+
+
+def test_every_route_that_names_an_object_is_tried(client: Any) -> None:
+    """A route that is added later must be tried above, or be named here with the reason."""
+    elsewhere = {
+        ("GET", "/media/{kind}/{media_id}"),  # by signed URL, without a key
+        ("POST", "/collections/{name}/videos"),  # multipart, below
+        ("POST", "/admin/collections/{name}/adapters/import"),  # multipart, below
+        ("POST", "/search/image"),  # multipart, below
+    }
+    tried = {(method, _shape(path.split("?")[0])) for method, path, _ in ROUTES}
+    routes = [
+        (method.upper(), path)
+        for path, methods in client.get("/openapi.json").json()["paths"].items()
+        for method in methods
+        if "{" in path or path.startswith("/search")
+    ]
+    assert [r for r in routes if r not in elsewhere and (r[0], _shape(r[1])) not in tried] == []
+
+
+def _shape(path: str) -> str:
+    return "/".join("*" if part.startswith("{") or part == "mine" else part for part in path.split("/"))
+
+
+def test_uploads_into_another_tenants_collection_are_a_404(estate: Estate, stranger: Tenant) -> None:
+    assert stranger.upload(estate.collection, clip(1)).status_code == 404
+    data = adapter_file(stranger.client)
+    path = f"/admin/collections/{estate.collection}/adapters/import"
+    assert stranger.call("POST", path, files={"file": ("a.safetensors", data)}).status_code == 404
+
+
+def test_lists_show_nothing_of_another_tenant(estate: Estate, stranger: Tenant) -> None:
+    for path in ("/tasks", "/collections/mine/videos", "/collections/mine/adapters"):
+        assert stranger.get(path, page_limit=50).json()["data"] == []
+    assert [row["name"] for row in stranger.get("/collections").json()["data"]] == ["mine"]
+    keys = stranger.get(f"/admin/tenants/{stranger.name}/keys").json()["data"]
+    assert {key["id"] for key in keys} == {key.split("_")[1] for key in stranger.keys.values()}
+    used = stranger.get(f"/admin/tenants/{stranger.name}/usage").json()["usage"]
+    assert used == {"collections": 1, "videos": 0, "bytes": 0, "adapters": 0}
+
+
+def test_a_page_token_of_another_tenant_shows_nothing_of_it(estate: Estate, stranger: Tenant) -> None:
+    estate.owner.collection()
+    token = estate.owner.get("/collections", page_limit=1).json()["page_info"]["next_page_token"]
+    rows = stranger.get("/collections", page_token=token).json()["data"]
+    assert estate.collection not in [row["name"] for row in rows]
+
+
+def test_equal_collection_names_of_two_tenants_do_not_meet(estate: Estate, stranger: Tenant) -> None:
+    stranger.collection(estate.collection)
+    answer = stranger.upload(estate.collection, clip())
+    assert answer.json()["duplicate_of"] is None
+    mine = stranger.get(f"/collections/{estate.collection}/videos").json()["data"]
+    assert [video["video_id"] for video in mine] == [answer.json()["video_id"]]
+    assert stranger.call("DELETE", f"/collections/{estate.collection}").status_code == 204
+    assert estate.owner.get(f"/collections/{estate.collection}/videos/{estate.video}").status_code == 200
+
+
+def test_the_owner_still_has_everything(estate: Estate) -> None:
+    path = f"/collections/{estate.collection}"
+    for suffix in ("", f"/videos/{estate.video}", f"/adapters/{estate.adapter}", f"/adapters/{estate.adapter}/weights"):
+        assert estate.owner.get(path + suffix).status_code == 200
+    assert estate.owner.get(f"/tasks/{estate.task}").json()["status"] == "queued"
+
+
+def test_no_function_of_the_catalog_finds_another_tenants_rows(estate: Estate, stranger: Tenant) -> None:
+    runtime = estate.owner.client.app.state.house.runtime
+    with runtime.database.read() as connection:
+        mine = catalog.tenant_named(connection, stranger.name).id
+        owner = catalog.tenant_named(connection, estate.owner.name).id
+        theirs = catalog.collection_named(connection, owner, estate.collection)
+        for look in (
+            lambda: catalog.video(connection, mine, estate.video),
+            lambda: catalog.task(connection, mine, estate.task),
+            lambda: catalog.adapter(connection, mine, theirs.id, estate.adapter),
+            lambda: catalog.generation(connection, mine, theirs.active_generation_id),
+            lambda: catalog.collection_name(connection, mine, theirs.id),
+            lambda: catalog.active_generation(connection, mine, estate.collection),
+        ):
+            with pytest.raises(NotFound):
+                look()
+        assert catalog.lock_collection(connection, mine, theirs.id) is None
+        assert catalog.videos_by_id(connection, mine, [estate.video]) == {}
+        assert catalog.videos_of(connection, mine, theirs.id, "pending") == []
+        assert catalog.captions_of(connection, mine, [estate.video]) == {estate.video: []}
+        assert catalog.captions_of(connection, owner, [estate.video]) != {estate.video: []}
+        assert catalog.generations_of(connection, mine, theirs.id) == []
+        assert catalog.counts(connection, mine, theirs.id) == {}
+
+
+def test_vectors_are_read_by_their_own_tenant_only(estate: Estate, stranger: Tenant) -> None:
+    """Rows of `segments` bear no tenant: the functions that read them must look at whose vector set it is."""
+    runtime = estate.owner.client.app.state.house.runtime
+    with runtime.database.write() as connection:
+        mine = catalog.tenant_named(connection, stranger.name).id
+        owner = catalog.tenant_named(connection, estate.owner.name).id
+        generation = catalog.active_generation(connection, owner, estate.collection)[1]
+        row = {"ordinal": 0, "start": 0.0, "end": 1.0, "pooled": bytes(2), "frames": bytes(2)}
+        catalog.add_segments(connection, owner, estate.video, generation.vector_set, [row])
+        assert (found := catalog.segments_after(connection, owner, generation.vector_set, 0, 10))
+        assert catalog.video_vectors(connection, owner, generation.vector_set, [estate.video]) != {}
+        assert catalog.segments_after(connection, mine, generation.vector_set, 0, 10) == []
+        assert catalog.video_vectors(connection, mine, generation.vector_set, [estate.video]) == {}
+        assert catalog.frame_vectors(connection, mine, generation.vector_set, [found[0]["seq"]]) == {}
+        assert catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
+        assert not catalog.has_vectors(connection, mine, estate.video, generation.vector_set)
+        catalog.drop_vectors(connection, mine, generation.vector_set)
+        assert catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
+        catalog.drop_vectors(connection, owner, generation.vector_set)
+        assert not catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
+
+
+def test_training_sees_only_the_tenants_own_captions(estate: Estate, stranger: Tenant) -> None:
+    runtime = estate.owner.client.app.state.house.runtime
+    with runtime.database.read() as connection:
+        mine = catalog.tenant_named(connection, stranger.name).id
+        theirs = catalog.tenant_named(connection, estate.owner.name).id
+        collection = catalog.collection_named(connection, theirs, estate.collection).id
+        with pytest.raises(learning.TooFewCaptions):
+            learning.check_captions(connection, mine, collection)
+    with pytest.raises(NotFound):
+        search.Searcher(runtime).search(mine, estate.collection, "a ball")
+    with pytest.raises(NotFound), runtime.database.write() as connection:
+        catalog.revoke_key(connection, mine, estate.key)
+    with pytest.raises(NotFound), runtime.database.write() as connection:
+        catalog.mark_video_deleted(connection, mine, estate.video)
