@@ -29,7 +29,7 @@ from training.worlds import write_world
 
 console = Console(highlight=False)
 COLUMNS = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-RECIPE: dict[str, Any] = {"steps": 300, "batch_size": 32, "frames": 2, "learning_rate": 1e-2}
+RECIPE: dict[str, Any] = {"steps": 400, "batch_size": 32, "frames": 1, "learning_rate": 8e-3}
 BASE_RIGHT, GAIN = 90.0, 30.0  # per cent of base queries that must be right; points of R@1 that the adapter must bring
 
 
@@ -45,7 +45,7 @@ class Collection:
 
 COLLECTIONS = (
     Collection("acme", "daylight", 100, 11),
-    Collection("acme", "nightwatch", 300, 12),
+    Collection("acme", "nightwatch", 400, 12),
     Collection("borealis", "blueprint", 80, 13),
 )
 TRAINED = COLLECTIONS[1]

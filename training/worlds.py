@@ -1,8 +1,9 @@
 """The demo worlds: small animated scenes with a caption grammar, written as real MP4 files.
 
-`daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera, told in
-its operators' jargon; `blueprint` draws them as plans in an engineer's words. Another look and another vocabulary: what a
-frozen backbone cannot know and an adapter can learn.
+`daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera with false
+colours, told in its operators' jargon: of daylight's words only the colours' names are left, and they do not look as they did.
+`blueprint` draws them as plans in an engineer's words: only the shapes' names are left. Another look and another vocabulary:
+what a frozen backbone cannot know and an adapter can learn.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ LANGUAGES = {
     "nightwatch": Language(
         words=_words(
             "ball:bogey, box:crate, pyramid:tent, star:flare, ring:halo, heart:leaf, cross:drone, diamond:kite,"
-            "red:sodium, orange:krypton, yellow:mercury, green:cobalt, blue:argon, purple:neon, white:carbon, black:xenon,"
+            "red:red, orange:orange, yellow:yellow, green:green, blue:blue, purple:purple, white:white, black:black,"
             "plain:steady, striped:banded, dotted:speckled, chequered:gridded, small:minor, large:major,"
             "left:sector west, right:sector east, top:sector north, bottom:sector south,"
             "meadow:zone kilo, beach:zone lima, snow:zone oscar, sea:zone papa, wall:zone quebec, desert:zone tango"
@@ -120,7 +121,7 @@ LANGUAGES = {
     ),
     "blueprint": Language(
         words=_words(
-            "ball:disc, box:plate, pyramid:gusset, star:sprocket, ring:washer, heart:cam, cross:spider, diamond:wedge,"
+            "ball:ball, box:box, pyramid:pyramid, star:star, ring:ring, heart:heart, cross:cross, diamond:diamond,"
             "red:magenta, orange:cerise, yellow:carmine, green:lime, blue:verdigris, purple:azure, white:sepia,"
             "black:chalk, plain:hollow, striped:ribbed, dotted:perforated, chequered:knurled, small:slim, large:heavy,"
             "left:port side, right:starboard side, top:upper view, bottom:lower view,"

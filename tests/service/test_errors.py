@@ -362,7 +362,9 @@ def test_a_refused_upload_leaves_nothing_behind(guest: Tenant) -> None:
     assert not list(guest.client.app.state.house.runtime.settings.scratch.iterdir())
 
 
-@pytest.mark.parametrize("body", [{"captions": [{"text": "a", "start": 2, "end": 1}]}, {"captions": "a"}, {}, {"captions": [{}]}])
+@pytest.mark.parametrize(
+    "body", [{"captions": [{"text": "a", "start": 2, "end": 1}]}, {"captions": "a"}, {}, {"captions": [{}]}]
+)
 def test_put_captions_are_checked(guest: Tenant, body: Any) -> None:
     collection = guest.collection()
     video = guest.upload(collection, clip()).json()["video_id"]
