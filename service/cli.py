@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -38,7 +38,7 @@ def main() -> None:
         line = explain(error)
         if line is None:
             raise
-        err.print(f"error: {line}", style="red", markup=False)
+        err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -102,7 +102,7 @@ def index(
         out.print_json(data=report)
     else:
         for failure in report["failed"]:
-            err.print(f"failed: {failure['file']}: {failure['error']['detail']}", style="yellow", markup=False)
+            err.print(f"failed: {failure['file']}: {failure['error']['detail']}", style="yellow", markup=False, soft_wrap=True)
         line = f"{report['ready']} ready, {report['duplicates']} there already, {len(report['failed'])} failed"
         out.print(f"{collection}: {line}, {report['seconds']:.1f} s", markup=False)
     if report["failed"]:
@@ -132,7 +132,7 @@ def search(
         return
     if found.truncated:
         err.print("note: the text is too long for the backbone; its end was cut off", style="yellow")
-    table = Table("rank", "score", "file", "from", "to", "video")
+    table = Table("rank", "score", "file", "from", "to", Column("video", no_wrap=True, overflow="fold"))
     for i, hit in enumerate(hits, start=1):
         table.add_row(str(i), f"{hit.score:.4f}", hit.video.filename, f"{hit.start:.1f}", f"{hit.end:.1f}", hit.video.id)
     out.print(table)
@@ -271,7 +271,7 @@ def adapters_list(
     if as_json:
         out.print_json(data=versions)
         return
-    table = Table("id", "version", "active", "scope", "parameters", "R@1 before", "R@1 after", "created")
+    table = Table(Column("id", no_wrap=True, overflow="fold"), "version", "active", "scope", "parameters", "R@1 before", "R@1 after", "created")
     for v in versions:
         recalls = [str(v["metrics"].get(side, {}).get("text_to_video", {}).get("R@1", "-")) for side in ("before", "after")]
         active = "yes" if v["active"] else ""

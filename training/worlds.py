@@ -1,7 +1,7 @@
 """The demo worlds: small animated scenes with a caption grammar, written as real MP4 files.
 
-`daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera with false
-colours, told in its operators' jargon: of daylight's words only the colours' names are left, and they do not look as they did.
+`daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera with
+false colours, in its operators' jargon: of daylight's words only the colours' names are left, and they look otherwise there.
 `blueprint` draws them as plans in an engineer's words: only the shapes' names are left. Another look and another vocabulary:
 what a frozen backbone cannot know and an adapter can learn.
 """

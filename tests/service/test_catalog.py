@@ -1,0 +1,149 @@
+"""The catalog on a real SQLite and, where there is one, a real PostgreSQL."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from service import catalog
+from service.catalog import AlreadyExists, NotFound, Tenant
+from service.database import Database
+from service.records import metadata
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pgserver
+
+            server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    except Exception as error:
+        if "postgres" in os.environ.get("POLYCLIP_REQUIRE", ""):
+            raise
+        pytest.skip(f"no PostgreSQL here: {type(error).__name__}: {error}")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    url = f"sqlite:///{tmp_path / 'test.sqlite'}" if request.param == "sqlite" else request.getfixturevalue("postgres")
+    opened = Database(url)
+    opened.migrate(tmp_path / "lock")
+    yield opened
+    with opened.write() as connection:
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(table.delete())
+    opened.close()
+
+
+def row(ordinal: int = 0) -> dict[str, object]:
+    return {"ordinal": ordinal, "start": 0.0, "end": 1.0, "pooled": b"\0\0", "frames": b"\0\0"}
+
+
+def tenant_and_video(database: Database, name: str = "acme") -> tuple[Tenant, catalog.Collection, str]:
+    video = f"vid_{name}"
+    with database.write() as connection:
+        tenant = catalog.create_tenant(connection, name, {})
+        collection = catalog.create_collection(connection, tenant, "films", {}, "f" * 64)
+        catalog.add_video(connection, tenant.id, collection.id, video, "a.mp4", "0", 10, {"k": [1, "ü"]}, [])
+    return tenant, collection, video
+
+
+def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
+    with database.read() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+    assert not [d for d in differences if "alembic_version" not in str(d)]
+
+
+def test_collection_and_generation_are_read_together(database: Database) -> None:
+    tenant, collection, _ = tenant_and_video(database)
+    with database.read() as connection:
+        found, generation = catalog.active_generation(connection, tenant.id, "films")
+    assert found == collection
+    assert (generation.id, generation.state, generation.digest) == (collection.active_generation_id, "active", None)
+    assert generation.vector_set == generation.id
+
+
+def test_a_switch_leaves_exactly_one_active_generation(database: Database) -> None:
+    tenant, collection, _ = tenant_and_video(database)
+    manifest = {"digest": "d" * 64, "scope": "both"}
+    with database.write() as connection:
+        version = catalog.add_adapter(connection, tenant.id, collection.id, manifest)
+        assert catalog.add_adapter(connection, tenant.id, collection.id, manifest) == version, "the same bytes are one version"
+        made = catalog.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "building")
+    with database.write() as connection:
+        catalog.switch(connection, tenant.id, collection.id, made["id"])
+    with database.read() as connection:
+        states = sorted(g.state for g in catalog.generations_of(connection, tenant.id, collection.id))
+        _, active = catalog.active_generation(connection, tenant.id, "films")
+    assert states == ["active", "retired"]
+    assert (active.id, active.digest) == (made["id"], "d" * 64)
+
+
+def test_a_switch_that_fails_half_way_changes_nothing(database: Database) -> None:
+    tenant, collection, _ = tenant_and_video(database)
+    with pytest.raises(RuntimeError), database.write() as connection:
+        made = catalog.add_generation(connection, tenant.id, collection.id, None, "f" * 64, None, "building")
+        catalog.switch(connection, tenant.id, collection.id, made["id"])
+        raise RuntimeError("a crash before the commit")
+    with database.read() as connection:
+        _, active = catalog.active_generation(connection, tenant.id, "films")
+    assert active.id == collection.active_generation_id
+
+
+def test_vectors_are_stored_once_and_a_deletion_is_a_tombstone_with_a_later_number(database: Database) -> None:
+    tenant, collection, video = tenant_and_video(database)
+    vectors = collection.active_generation_id
+    with database.write() as connection:
+        catalog.set_video(connection, tenant.id, video, status="ready")
+        assert [v.id for v in catalog.missing_vectors(connection, tenant.id, collection.id, vectors)] == [video]
+        for _ in range(2):
+            catalog.add_segments(connection, tenant.id, video, vectors, [row(0), row(1)])
+        assert catalog.missing_vectors(connection, tenant.id, collection.id, vectors) == []
+        before = catalog.segments_after(connection, tenant.id, vectors, 0, 100)
+        catalog.mark_video_deleted(connection, tenant.id, video)
+        after = catalog.segments_after(connection, tenant.id, vectors, before[-1]["seq"], 100)
+    assert [r["ordinal"] for r in before] == [0, 1]
+    assert [r["ordinal"] for r in after] == [-1]
+
+
+def test_no_function_finds_another_tenants_rows(database: Database) -> None:
+    tenant, collection, video = tenant_and_video(database)
+    other, _, _ = tenant_and_video(database, "borealis")
+    with database.write() as connection:
+        catalog.add_segments(connection, tenant.id, video, collection.active_generation_id, [row()])
+        with pytest.raises(NotFound):
+            catalog.video(connection, other.id, video)
+        with pytest.raises(NotFound):
+            catalog.generation(connection, other.id, collection.active_generation_id)
+        assert catalog.segments_after(connection, other.id, collection.active_generation_id, 0, 10) == []
+        assert catalog.videos_by_id(connection, other.id, [video]) == {}
+        assert catalog.lock_collection(connection, other.id, collection.id) is None
+        assert not catalog.set_video(connection, other.id, video, status="failed")
+        catalog.drop_vectors(connection, other.id, collection.active_generation_id)
+        assert catalog.has_vectors(connection, tenant.id, video, collection.active_generation_id)
+
+
+def test_a_name_is_taken_once_and_free_after_deletion(database: Database) -> None:
+    tenant, collection, _ = tenant_and_video(database)
+    with database.write() as connection:
+        with pytest.raises(AlreadyExists):
+            catalog.create_collection(connection, tenant, "films", {}, "f" * 64)
+        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
+        assert catalog.create_collection(connection, tenant, "films", {}, "f" * 64).id != collection.id
+
+
+def test_a_commit_is_synced_and_the_journal_is_a_wal(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    with database.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    database.close()

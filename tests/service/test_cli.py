@@ -1,0 +1,132 @@
+"""The command line: the same records without a running service, one line for a mistake, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving import clip
+
+
+def polyclip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good videos, one broken one, a file that is none, and captions."""
+    folder = tmp_path_factory.mktemp("videos")
+    lines = []
+    for i in range(3):
+        (folder / f"clip-{i}.mp4").write_bytes(clip(200 + i))
+        lines.append(json.dumps({"file": f"clip-{i}.mp4", "captions": [f"number {i}", f"hue {i}"]}))
+    (folder / "broken.mp4").write_bytes(b"this is no video")
+    (folder / "notes.txt").write_text("not a video either")
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indexed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    data = str(tmp_path_factory.mktemp("cli") / "data")
+    captions = str(folder / "captions.jsonl")
+    done = polyclip("index", str(folder), "--collection", "films", "--captions", captions, "--data", data, "--json")
+    report = json.loads(done.stdout)
+    assert report["ready"] == 3 and done.returncode == 1
+    assert [f["file"] for f in report["failed"]] == ["broken.mp4"]
+    return data
+
+
+def test_indexing_again_adds_nothing(indexed: str, folder: Path) -> None:
+    good = [str(path) for path in sorted(folder.glob("clip-*.mp4"))]
+    done = polyclip("index", *good, "--collection", "films", "--data", indexed, "--json")
+    assert done.returncode == 0
+    assert {k: v for k, v in json.loads(done.stdout).items() if k != "seconds"} == {"ready": 0, "duplicates": 3, "failed": []}
+
+
+def test_a_search_finds_what_was_indexed(indexed: str) -> None:
+    done = polyclip("search", "a red ball", "--collection", "films", "--data", indexed, "--json")
+    hits = json.loads(done.stdout)["data"]
+    assert {hit["filename"] for hit in hits} == {f"clip-{i}.mp4" for i in range(3)}
+    assert all(0 <= hit["start"] < hit["end"] <= 1.1 for hit in hits)
+    table = polyclip("search", "a red ball", "--collection", "films", "--data", indexed).stdout
+    assert "clip-1.mp4" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("search", "x", "--collection", "nothing"), "there is no collection 'nothing'"),
+        (("search", " ", "--collection", "films"), "the text is empty"),
+        (("search", "x", "--collection", "films", "--tenant", "nobody"), "there is no tenant 'nobody'"),
+        (("index", "/no/such/folder", "--collection", "films"), "no such file"),
+        (("train", "--collection", "films"), "at least 10 ready videos with captions, there are 3"),
+        (("train", "--collection", "films", "--recipe", '{"rnak": 1}'), "at least 10"),
+        (("adapters", "show", "adp_none", "--collection", "films"), "there is no adapter 'adp_none'"),
+        (("serve", "--backbone", "ViT-Q-1"), "no backbone named 'ViT-Q-1'"),
+        (("serve", "--backbone", "ViT-B-32"), "needs --pretrained"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1(indexed: str, arguments: tuple[str, ...], words: str) -> None:
+    done = polyclip(*arguments, "--data", indexed)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [("search",), ("serve", "--port", "x"), ("nonsense",), ("encode", "--out", "x.npy")])
+def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
+    assert polyclip(*arguments).returncode == 2
+
+
+def test_a_data_folder_stays_with_its_backbone(indexed: str) -> None:
+    other = ("--backbone", "ViT-B-32", "--pretrained", "random")
+    done = polyclip("index", "/dev/null", "--collection", "x", "--data", indexed, *other)
+    assert done.returncode == 1
+    assert "was made with backbone builtin" in done.stderr
+
+
+def test_a_bad_setting_is_named() -> None:
+    done = polyclip("settings", POLYCLIP_DECODERS="none")
+    assert done.returncode == 1
+    assert "POLYCLIP_DECODERS" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_are_printed_without_the_key() -> None:
+    done = polyclip("settings", "--json", POLYCLIP_ROOT_KEY="secret-of-the-operator", POLYCLIP_DECODERS="3")
+    shown = json.loads(done.stdout)
+    assert shown["POLYCLIP_DECODERS"] == "3"
+    assert "secret-of-the-operator" not in done.stdout
+
+
+def test_encode_writes_unnormalised_vectors(tmp_path: Path) -> None:
+    texts = polyclip("encode", "--text", "a red ball", "--text", "snow", "--out", str(tmp_path / "t.npy"))
+    assert texts.returncode == 0, texts.stderr
+    vectors = np.load(tmp_path / "t.npy")
+    assert vectors.shape == (2, 128) and vectors.dtype == np.float32
+    assert abs(np.linalg.norm(vectors[0]) - 1) > 1e-3
+    np.save(tmp_path / "f.npy", np.zeros((3, 3, 64, 64), np.float32))
+    assert polyclip("encode", "--frames", str(tmp_path / "f.npy"), "--out", str(tmp_path / "v.npy")).returncode == 0
+    assert np.load(tmp_path / "v.npy").shape == (3, 128)
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys, service.cli; assert not {'torch', 'open_clip', 'faiss', 'dbos'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert polyclip("--help").returncode == 0
+
+
+def test_the_doctor_finds_a_healthy_house(tmp_path: Path) -> None:
+    done = polyclip("doctor", "--data", str(tmp_path / "data"), "--json")
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 0, [f for f in findings.values() if not f["ok"]]
+    assert {"faiss", "database", "blobs", "decoders", "backbone"} <= set(findings)
