@@ -271,7 +271,8 @@ def adapters_list(
     if as_json:
         out.print_json(data=versions)
         return
-    table = Table(Column("id", no_wrap=True, overflow="fold"), "version", "active", "scope", "parameters", "R@1 before", "R@1 after", "created")
+    numbers = ("version", "active", "scope", "parameters", "R@1 before", "R@1 after")
+    table = Table(Column("id", no_wrap=True, overflow="fold"), *numbers, "created")
     for v in versions:
         recalls = [str(v["metrics"].get(side, {}).get("text_to_video", {}).get("R@1", "-")) for side in ("before", "after")]
         active = "yes" if v["active"] else ""

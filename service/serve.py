@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 
 import uvicorn
@@ -32,6 +33,8 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     supervisor = Supervisor(settings) if worker else None
     if supervisor is not None:
         supervisor.start()
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: the end is ours
+        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(create_app(settings, runtime), log_level="warning", timeout_graceful_shutdown=5, access_log=False)
     try:
         uvicorn.Server(config).run(sockets=[listener])
