@@ -11,6 +11,7 @@ from adapters_store.artifact import (
     unpack,
     write,
 )
+from adapters_store.official import from_official, official_file, read_state, to_official
 from adapters_store.residency import ResidentAdapters
 
 __all__ = [
@@ -20,8 +21,12 @@ __all__ = [
     "Manifest",
     "ResidentAdapters",
     "describe",
+    "from_official",
+    "official_file",
     "pack",
     "read",
+    "read_state",
+    "to_official",
     "unpack",
     "write",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from backbone import Adapter, AdapterShape, TowerDims
 
 FORMAT = "polyclip-adapter/1"
 MAX_BYTES = 512 * 1024 * 1024
+SOURCE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class InvalidAdapter(ValueError):
@@ -42,6 +42,7 @@ class Artifact:
     backbone: str  # fingerprint
     shape: AdapterShape
     tensors: Mapping[str, Tensor]
+    source_dtype: str | None = None  # of the checkpoint that it was imported from; None: trained here
 
     def adapter(self, fingerprint: str) -> Adapter:
         """The fused form, for the backbone of this fingerprint. Raises AdapterMismatch for another one."""
@@ -74,8 +75,13 @@ class Manifest:
         return asdict(self)
 
 
-def pack(shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor]) -> bytes:
-    """The safetensors file of an adapter for the backbone of this fingerprint; equal input gives equal bytes."""
+def pack(
+    shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor], source_dtype: str | None = None
+) -> bytes:
+    """The safetensors file of an adapter for the backbone of this fingerprint; equal input gives equal bytes.
+
+    `source_dtype`, one of SOURCE_DTYPES, is the precision that an export writes again; the file holds float32 in any case.
+    """
     metadata = {
         "format": FORMAT,
         "adapter": json.dumps(
@@ -83,6 +89,8 @@ def pack(shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor]) -> b
             sort_keys=True,
         ),
     }
+    if source_dtype is not None:
+        metadata["source_dtype"] = source_dtype
     values = {name: tensors[name].detach().float().cpu().contiguous() for name in shape.layout()}
     return _canonical(safetensors.torch.save(values, metadata))
 
@@ -98,14 +106,17 @@ def unpack(data: bytes) -> Artifact:
         dims = TowerDims(*(int(about[k]) for k in ("visual_width", "visual_layers", "text_width", "text_layers")))
         shape = AdapterShape(dims, int(about["rank"]), int(about["shared"]), about["scope"])
         backbone = str(about["backbone"])
+        source_dtype = header["__metadata__"].get("source_dtype")
+        if source_dtype is not None and source_dtype not in SOURCE_DTYPES:
+            raise ValueError(f"unknown source dtype {source_dtype!r}")
         shape.assemble(tensors)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidAdapter(f"not an adapter file of polyclip: {_one_line(error)}") from error
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise InvalidAdapter("adapter tensors must be float32")
-    if not all(math.isfinite(float(tensor.abs().sum())) for tensor in tensors.values()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise InvalidAdapter("adapter tensors must be finite")
-    return Artifact(hashlib.sha256(data).hexdigest(), backbone, shape, tensors)
+    return Artifact(hashlib.sha256(data).hexdigest(), backbone, shape, tensors, source_dtype)
 
 
 def describe(file: bytes, /, **facts: Any) -> Manifest:

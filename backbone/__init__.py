@@ -3,7 +3,7 @@
 from backbone.adapter import Adapter, AdapterShape, Scope, TowerDims
 from backbone.images import to_pixels
 from backbone.load import BackboneNotFound, load_backbone
-from backbone.model import Adapters, Backbone, Tokens, UnsupportedBackbone
+from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
 from backbone.similarity import TEMPERATURE, mean_pool, q_score
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Adapters",
     "Backbone",
     "BackboneNotFound",
+    "Prefix",
     "Scope",
     "Tokens",
     "TowerDims",

@@ -108,13 +108,46 @@ class AdapterShape:
         """Number of trained values: 519,168 at ViT-B/32 with rank 8 and 16 shared rows."""
         return sum(torch.Size(shape).numel() for shape in self.layout().values())
 
-    def initial(self, seed: int) -> dict[str, Tensor]:
-        """Fresh float32 tensors: weights from a truncated normal of std 0.01, biases zero (the paper's init)."""
+    def first_layers(self, last: int | None) -> tuple[int, int]:
+        """(visual, text) layer from which on adapters stand where only the `last` blocks of the shallower tower have them.
+
+        The deeper tower is cut where its partner layers are, so that no shared row belongs to both sides. None: (0, 0).
+        """
+        pairs = self.pairs()
+        if last is None or last >= len(pairs):
+            return 0, 0
+        visual, text = pairs[len(pairs) - last - 1]
+        return visual + 1, text + 1
+
+    def first_rows(self, last: int | None) -> dict[str, int]:
+        """For each stored tensor, the row from which on it belongs to the `last` blocks (`first_layers`)."""
+        visual, text = self.first_layers(last)
+        first = {"visual": visual, "text": text}
+        paired = {"visual": {v for v, _ in self.pairs()}, "text": {t for _, t in self.pairs()}}
+        kept = sum(v >= visual for v, _ in self.pairs())
+        rows = {}
+        for name in self.layout():
+            tower = name.split("_")[0]
+            if tower == "vt":
+                rows[name] = 2 * (len(self.pairs()) - kept)
+            elif "_unpaired_" in name:
+                rows[name] = 2 * len(set(range(first[tower])) - paired[tower])
+            else:
+                rows[name] = 2 * first[tower]
+        return rows
+
+    def initial(self, seed: int, last: int | None = None) -> dict[str, Tensor]:
+        """Fresh float32 tensors: weights from a truncated normal of std 0.01, biases zero (the paper's init).
+
+        With `last`, the layers before the last blocks are all zero, which makes their adapters the identity.
+        """
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: torch.zeros(shape) for name, shape in self.layout().items()}
+        first = self.first_rows(last)
         for name, tensor in tensors.items():
             if name.endswith("weight"):
                 torch.nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02, generator=generator)
+                tensor[: first[name]] = 0
         return tensors
 
     def assemble(self, tensors: Tensors) -> Adapter:

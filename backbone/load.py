@@ -10,6 +10,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from backbone.model import Backbone, UnsupportedBackbone
@@ -32,9 +33,7 @@ def load_backbone(
     Raises BackboneNotFound or UnsupportedBackbone with a one-line reason.
     """
     if name == BUILTIN:
-        if pretrained is not None:
-            raise BackboneNotFound("the built-in backbone brings its own weights: leave --pretrained out")
-        return _load_builtin(device)
+        return _load_builtin(device, pretrained)
     if name not in open_clip.list_models():
         raise BackboneNotFound(f"no backbone named {name!r}: take 'builtin' or an open_clip model such as 'ViT-B-32'")
     if pretrained is None:
@@ -65,7 +64,9 @@ def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
         raise BackboneNotFound(f"{pretrained} does not hold weights of {name}: {str(error).splitlines()[0]}") from error
 
 
-def _load_builtin(device: torch.device | str) -> Backbone:
+def _load_builtin(device: torch.device | str, pretrained: str | None) -> Backbone:
+    if pretrained is not None and not Path(pretrained).is_file():
+        raise BackboneNotFound("the built-in backbone brings its own weights: leave --pretrained out, or give a file")
     weights = files("backbone") / "weights"
     config = json.loads((weights / "builtin.json").read_text())
     with torch.random.fork_rng(devices=[]):
@@ -75,8 +76,12 @@ def _load_builtin(device: torch.device | str) -> Backbone:
             text_cfg=CLIPTextCfg(**config["text_cfg"]),
             quick_gelu=config["quick_gelu"],
         )
-    with as_file(weights / "builtin.safetensors") as path:
-        model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    with as_file(weights / "builtin.safetensors") as shipped:
+        path = Path(pretrained or shipped)
+        try:
+            model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        except (SafetensorError, RuntimeError) as error:
+            raise BackboneNotFound(f"{path} does not hold weights of the built-in backbone") from error
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     return Backbone(BUILTIN, model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device)
 

@@ -6,6 +6,7 @@ so rows of different tenants can stand in one batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backbone.adapter import Adapter, MixedTowerAdapters, TowerAdapter, TowerDims
 
@@ -25,6 +27,14 @@ Adapters = Adapter | Sequence[Adapter | None] | None
 
 class UnsupportedBackbone(ValueError):
     """The architecture has no plain residual blocks on both towers, or pools in a way that the loop does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a tower's first `layers` frozen blocks made of a batch, without any adapter: `states` (B, T, width)."""
+
+    states: Tensor
+    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +95,38 @@ class Backbone:
         """Number of frozen values."""
         return sum(p.numel() for p in self._model.parameters())
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids, cut to the context length; `truncated` says where something was cut."""
-        ids: Tensor = self._tokenizer(list(texts), context_length=self.context_length)
-        room = self.context_length - 2  # the start and end tokens
+    def tokenize(self, texts: Sequence[str], words: int | None = None) -> Tokens:
+        """Token ids, cut to the context length or to `words` tokens, start and end included; `truncated` says where."""
+        length = min(words or self.context_length, self.context_length)
+        ids: Tensor = self._tokenizer(list(texts), context_length=length)
+        room = length - 2  # the start and end tokens
         full = ids[:, -1] != 0
         truncated = tuple(
             bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts)
         )
         return Tokens(ids, truncated)
 
-    def encode_text(self, tokens: Tensor, adapters: Adapters = None) -> Tensor:
+    def trim(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) cut after the end of the longest text: attention is causal, what follows changes nothing."""
+        if self._text.attn_mask is None or self._text_pool not in ("argmax", "eos"):
+            return tokens
+        return tokens[:, : int(self._ends(tokens).max()) + 1]
+
+    def encode_text(
+        self, tokens: Tensor, adapters: Adapters = None, *, prefix: Prefix | None = None, recompute: bool = False
+    ) -> Tensor:
         """tokens (B, L) int64 → (B, embed_dim) float32, unnormalised.
 
-        Raises ValueError if a sequence of adapters has not B entries.
+        `prefix`, from `text_prefix` of the same tokens, stands for the first layers. `recompute` keeps no activations
+        inside the blocks for the backward pass. Raises ValueError if a sequence of adapters has not B entries.
         """
         text = self._text
-        tokens = tokens.to(self.device)
-        if text.attn_mask is not None and self._text_pool in ("argmax", "eos"):
-            tokens = tokens[:, : int(self._ends(tokens).max()) + 1]  # causal: what follows the end changes nothing
+        tokens = self.trim(tokens.to(self.device))
         length = tokens.shape[1]
-        x = text.token_embedding(tokens) + text.positional_embedding[:length]  # (B, L, d)
+        x, first = (self._embed_text(tokens), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         apply = self._tower("text", adapters, len(tokens))
-        x = _run_blocks(x, text.transformer.resblocks, apply, mask)
+        x = _run_blocks(x, text.transformer.resblocks, apply, mask, first, recompute=recompute)
         x = text.ln_final(x)
         pooled = text_global_pool(x, tokens, self._text_pool, eos_token_id=self._eos_id)  # (B, d)
         projection = text.text_projection
@@ -116,22 +134,62 @@ class Backbone:
             return projection(pooled)  # type: ignore[no-any-return]
         return pooled if projection is None else pooled @ projection  # type: ignore[no-any-return]
 
-    def encode_frames(self, pixels: Tensor, adapters: Adapters = None) -> Tensor:
-        """pixels (N, 3, image_size, image_size) → (N, embed_dim) float32, unnormalised.
+    def encode_frames(self, pixels: Tensor | Prefix, adapters: Adapters = None, *, recompute: bool = False) -> Tensor:
+        """pixels (N, 3, image_size, image_size), or their `frame_prefix` → (N, embed_dim) float32, unnormalised.
 
         uint8 pixels are normalised with the backbone's mean and standard deviation; floats are taken as normalised.
+        `recompute` keeps no activations inside the blocks for the backward pass.
         Raises ValueError for pixels of another shape or a sequence of adapters that has not N entries.
         """
+        x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
+        apply = self._tower("visual", adapters, len(x))
+        x = _run_blocks(x, self._visual.transformer.resblocks, apply, None, first, recompute=recompute)
+        pooled, _ = self._visual._pool(x)
+        return pooled @ self._visual.proj  # type: ignore[no-any-return]
+
+    def text_prefix(self, tokens: Tensor, layers: int) -> Prefix:
+        """The first `layers` blocks over tokens (B, L), without adapters: states (B, L, text width)."""
+        tokens = tokens.to(self.device)
+        length = tokens.shape[1]
+        mask = None if self._text.attn_mask is None else self._text.attn_mask[:length, :length]
+        blocks = self._text.transformer.resblocks[:layers]
+        return Prefix(_run_blocks(self._embed_text(tokens), blocks, None, mask), layers)
+
+    def frame_prefix(self, pixels: Tensor, layers: int) -> Prefix:
+        """The first `layers` blocks over pixels (N, 3, image_size, image_size), without adapters: states (N, T, width)."""
+        blocks = self._visual.transformer.resblocks[:layers]
+        return Prefix(_run_blocks(self._embed_frames(pixels), blocks, None, None), layers)
+
+    def unfrozen(self) -> tuple[Backbone, dict[str, Tensor]]:
+        """A copy of its own whose weights take gradients, all but logit_scale, and those weights by name.
+
+        The baseline that adapters are measured against; its fingerprint is none.
+        """
+        twin = copy.copy(self)
+        twin._model = copy.deepcopy(self._model)
+        twin._visual = twin._model.visual
+        twin._text = getattr(twin._model, "text", twin._model)
+        twin.fingerprint = "unfrozen"
+        weights = {name: tensor for name, tensor in twin._model.named_parameters() if name != "logit_scale"}
+        for tensor in weights.values():
+            tensor.requires_grad_()
+        return twin, weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every stored tensor by open_clip's name: what `--pretrained FILE` reads."""
+        return dict(self._model.state_dict())
+
+    def _embed_text(self, tokens: Tensor) -> Tensor:
+        text = self._text
+        return text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]  # type: ignore[no-any-return]  # (B, L, d)
+
+    def _embed_frames(self, pixels: Tensor) -> Tensor:
         side = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, side, side):
             raise ValueError(f"pixels must have shape (N, 3, {side}, {side}), not {tuple(pixels.shape)}")
         pixels = pixels.to(self.device)
         pixels = (pixels.float() - self._shift) * self._scale if pixels.dtype == torch.uint8 else pixels.float()
-        x = self._visual._embeds(pixels)  # (N, T, d)
-        apply = self._tower("visual", adapters, len(pixels))
-        x = _run_blocks(x, self._visual.transformer.resblocks, apply, None)
-        pooled, _ = self._visual._pool(x)
-        return pooled @ self._visual.proj  # type: ignore[no-any-return]
+        return self._visual._embeds(pixels)  # type: ignore[no-any-return]  # (N, T, d)
 
     def _tower(self, tower: str, adapters: Adapters, rows: int) -> _Apply | None:
         """What `_run_blocks` applies to a sub-layer's output; None where no row has an adapter on this tower."""
@@ -201,11 +259,21 @@ class Backbone:
 _Apply = Callable[[Tensor, int], Tensor]
 
 
-def _run_blocks(x: Tensor, blocks: Sequence[Any], apply: _Apply | None, mask: Tensor | None) -> Tensor:
-    """x (B, T, d) through a tower's blocks. Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block."""
-    for layer, block in enumerate(blocks):
+def _run_blocks(
+    x: Tensor, blocks: Sequence[Any], apply: _Apply | None, mask: Tensor | None, first: int = 0, *, recompute: bool = False
+) -> Tensor:
+    """x (B, T, d) through a tower's blocks from `first` on.
+
+    Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block.
+    """
+
+    def run(x: Tensor, layer: int) -> Tensor:
+        block = blocks[layer]
         h = block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=mask))
         x = x + (h if apply is None else apply(h, 2 * layer))
         h = block.ls_2(block.mlp(block.ln_2(x)))
-        x = x + (h if apply is None else apply(h, 2 * layer + 1))
+        return x + (h if apply is None else apply(h, 2 * layer + 1))
+
+    for layer in range(first, len(blocks)):
+        x = checkpoint(run, x, layer, use_reentrant=False) if recompute else run(x, layer)
     return x

@@ -5,27 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-if TYPE_CHECKING:
-    from service.settings import Settings
+from service.cli_adapters import adapters
+from service.cli_options import AsJson, Backbone, CollectionName, Data, Pretrained, TenantName, err, out, settings_from
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-adapters = typer.Typer(no_args_is_help=True, help="Adapters of a collection.")
 app.add_typer(adapters, name="adapters")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-Data = Annotated[Path | None, typer.Option(help="data folder (POLYCLIP_DATA; default ./polyclip-data)")]
-Backbone = Annotated[str | None, typer.Option(help="builtin, or an open_clip model such as ViT-B-32")]
-Pretrained = Annotated[str | None, typer.Option(help="its weights: a tag, a file, or 'random'")]
-TenantName = Annotated[str, typer.Option(help="whose collection it is")]
-CollectionName = Annotated[str, typer.Option(help="the collection's name")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
 def main() -> None:
@@ -40,16 +29,6 @@ def main() -> None:
             raise
         err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-
-
-def settings_from(data: Path | None, **values: Any) -> Settings:
-    """Settings from the environment, with what the command line gives on top."""
-    from service.settings import Settings
-
-    given = {name: value for name, value in values.items() if value is not None}
-    if data is not None:
-        given["data"] = data
-    return Settings(**given)
 
 
 @app.command()
@@ -218,12 +197,14 @@ def encode(
     frames: Annotated[Path | None, typer.Option(help=".npy (N, 3, H, W) float32, already normalised, or uint8")] = None,
 ) -> None:
     """Raw vectors of texts or frames, unnormalised."""
-    from service.offline import encode as run
+    from service.files import encode as run
 
     if (text is None) == (frames is None):
         raise typer.BadParameter("give either --text or --frames")
-    shape = run(backbone, pretrained, adapter, text, frames, to)
-    out.print(f"{to}: {shape[0]} vectors of {shape[1]}", markup=False)
+    shape, cut = run(backbone, pretrained, adapter, text, frames, to)
+    for position in cut:
+        err.print(f"note: text {position + 1} is too long for the backbone; its end was cut off", style="yellow")
+    out.print(f"{to}: {shape[0]} vectors of {shape[1]}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -258,66 +239,6 @@ def doctor(data: Data = None, backbone: Backbone = None, pretrained: Pretrained 
             out.print("[green]ok  [/]" if finding.ok else "[red]BAD [/]", f"{finding.what}: {finding.detail}", markup=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
-
-
-@adapters.command("list")
-def adapters_list(
-    collection: CollectionName, tenant: TenantName = "default", data: Data = None, as_json: AsJson = False
-) -> None:
-    """The adapters of a collection."""
-    from service.offline import adapter_versions
-
-    versions = adapter_versions(settings_from(data), tenant, collection)
-    if as_json:
-        out.print_json(data=versions)
-        return
-    numbers = ("version", "active", "scope", "parameters", "R@1 before", "R@1 after")
-    table = Table(Column("id", no_wrap=True, overflow="fold"), *numbers, "created")
-    for v in versions:
-        recalls = [str(v["metrics"].get(side, {}).get("text_to_video", {}).get("R@1", "-")) for side in ("before", "after")]
-        active = "yes" if v["active"] else ""
-        table.add_row(v["id"], str(v["version"]), active, v["scope"], f"{v['parameters']:,}", *recalls, v["created_at"][:19])
-    out.print(table)
-
-
-@adapters.command("show")
-def adapters_show(
-    adapter_id: str, collection: CollectionName, tenant: TenantName = "default", data: Data = None
-) -> None:
-    """The manifest of an adapter."""
-    from service.offline import adapter_versions
-
-    found = [v for v in adapter_versions(settings_from(data), tenant, collection, manifests=True) if v["id"] == adapter_id]
-    if not found:
-        err.print(f"error: there is no adapter {adapter_id!r}", style="red", markup=False)
-        raise typer.Exit(1)
-    out.print_json(data=found[0])
-
-
-@adapters.command("export")
-def adapters_export(
-    adapter_id: str,
-    collection: CollectionName,
-    to: Annotated[Path, typer.Option("--out", help="file to write, safetensors")],
-    tenant: TenantName = "default",
-    data: Data = None,
-) -> None:
-    """Write an adapter's file."""
-    from service.offline import export_adapter
-
-    size = export_adapter(settings_from(data), tenant, collection, adapter_id, to)
-    out.print(f"{to}: {size:,} bytes", markup=False)
-
-
-@adapters.command("import")
-def adapters_import(
-    file: Path, collection: CollectionName, tenant: TenantName = "default", data: Data = None
-) -> None:
-    """Publish an adapter file as a collection's next version."""
-    from service.offline import import_adapter
-
-    version = import_adapter(settings_from(data), tenant, collection, file)
-    out.print(f"{version.id}: version {version.version}, sha256 {version.digest[:12]}", markup=False)
 
 
 def _masked(name: str, value: Any) -> str:

@@ -15,6 +15,7 @@ def explain(error: Exception) -> str | None:
     from service.blobs import BlobMissing
     from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
     from service.demo import DemoFailed
+    from service.files import InvalidFrames
     from service.learning import TooFewCaptions, TrainingFailed
     from service.offline import InvalidCaptions
     from service.runtime import OtherBackbone
@@ -31,7 +32,7 @@ def explain(error: Exception) -> str | None:
         return f"{error.strerror or error}{where}"
     ours = (
         AdapterMismatch, InvalidAdapter, BackboneNotFound, UnsupportedBackbone, BlobMissing, AlreadyExists, InvalidName,
-        NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, OtherBackbone, EmptyText,
-        InvalidRecipe,
+        NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, InvalidFrames, OtherBackbone,
+        EmptyText, InvalidRecipe,
     )  # fmt: skip
     return " ".join(str(error).split()) if isinstance(error, ours) else None

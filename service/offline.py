@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from service import catalog, ingest, learning
+import adapters_store
+from service import catalog, files, ingest, learning
 from service.blobs import adapter_key, video_key
 from service.catalog import AdapterVersion, Caption, Collection, NotFound, Tenant, Video
 from service.records import new_id, now
@@ -181,53 +182,34 @@ def adapter_versions(
     ]
 
 
-def export_adapter(settings: Settings, tenant_name: str, collection_name: str, adapter_id: str, to: Path) -> int:
-    with opened(settings) as runtime:
+def export_adapter(
+    settings: Settings,
+    tenant_name: str,
+    collection_name: str,
+    adapter_id: str,
+    to: Path,
+    official: bool = False,
+    dtype: str | None = None,
+) -> int:
+    """Writes an adapter's file, or with `official` the checkpoint that the paper's code loads; returns the bytes written."""
+    with opened(settings) as runtime, files.written(to) as write:
         tenant, collection = _existing(runtime, tenant_name, collection_name)
         with runtime.database.read() as connection:
             version = catalog.adapter(connection, tenant.id, collection.id, adapter_id)
-        return to.write_bytes(runtime.blobs.get(adapter_key(collection.id, version.digest)))
+        data = runtime.blobs.get(adapter_key(collection.id, version.digest))
+        return write(files.to_checkpoint(data, to, dtype) if official else data)
 
 
-def import_adapter(settings: Settings, tenant_name: str, collection_name: str, file: Path) -> AdapterVersion:
-    import adapters_store
-
+def import_adapter(
+    settings: Settings, tenant_name: str, collection_name: str, file: Path, official: bool = False
+) -> AdapterVersion:
+    """Publishes an adapter file, or with `official` a checkpoint of the paper's code, as the collection's next version."""
+    recipe = {"imported": file.name, **({"layout": "official"} if official else {})}
     with opened(settings) as runtime:
         tenant, collection = _existing(runtime, tenant_name, collection_name)
-        data = file.read_bytes()
-        manifest = adapters_store.describe(data, created_at=now(), recipe={"imported": file.name})
+        data = files.from_checkpoint(file, lambda: runtime.backbone) if official else file.read_bytes()
+        manifest = adapters_store.describe(data, created_at=now(), recipe=recipe)
         return learning.publish(runtime, tenant.id, collection.id, data, manifest)
-
-
-def encode(
-    backbone_name: str,
-    pretrained: str | None,
-    adapter_file: Path | None,
-    texts: list[str] | None,
-    frames: Path | None,
-    to: Path,
-) -> tuple[int, ...]:
-    """Writes the vectors as float32 .npy; returns their shape."""
-    import numpy as np
-    import torch
-
-    import adapters_store
-    from backbone import load_backbone
-
-    backbone = load_backbone(backbone_name, pretrained)
-    adapter = None
-    if adapter_file is not None:
-        adapter = adapters_store.unpack(adapter_file.read_bytes()).adapter(backbone.fingerprint)
-    with torch.inference_mode():
-        if texts is not None:
-            vectors = backbone.encode_text(backbone.tokenize(texts).ids, adapter)
-        else:
-            assert frames is not None
-            pixels = torch.from_numpy(np.load(frames, allow_pickle=False))
-            vectors = torch.cat([backbone.encode_frames(part, adapter) for part in pixels.split(32)])
-    with to.open("wb") as file:
-        np.save(file, vectors.cpu().numpy().astype(np.float32))
-    return tuple(vectors.shape)
 
 
 def _videos_under(path: Path) -> list[Path]:

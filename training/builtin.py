@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from backbone import Backbone, mean_pool, to_pixels
+from training.dataset import ArrayClips
 from training.evaluation import Recall, encode_clips, encode_texts, recall
-from training.trainer import warmup_cosine
+from training.optimiser import warmup_cosine
 from training.worlds import WORLDS, Picture, Scene, scenes
 
 CONFIG: dict[str, Any] = {
@@ -141,7 +142,7 @@ def held_out_recall(model: CLIP, world: str) -> Recall:
     requires = [p.requires_grad for p in model.parameters()]
     backbone = Backbone("builtin", model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     with torch.inference_mode():
-        videos = encode_clips(backbone, None, draw(held, frames=12), range(len(held)))
+        videos = encode_clips(backbone, None, ArrayClips(draw(held, frames=12)), range(len(held)))
         texts = encode_texts(backbone, None, [scene.captions[0] for scene in held])
         found = recall(mean_pool(texts, videos).numpy(), range(len(held)))
     model.train(training)

@@ -1,21 +1,29 @@
-"""Retrieval metrics: recall at 1, 5 and 10, median and mean rank, with ties counted fairly."""
+"""Retrieval metrics: recall at 1, 5 and 10, median and mean rank with ties counted fairly, and how sure they are.
+
+An interval tells of the sampling of queries alone, not of the seed that an adapter was trained with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backbone import Adapter, Backbone, q_score
-from training.dataset import Pair
+from backbone import Adapter, Backbone, mean_pool, q_score
+from training.dataset import Clips, Pair
 
 BATCH_FRAMES = 96
 BATCH_TEXTS = 64
+SCORE_TEXTS, SCORE_FRAMES = 1024, 16_384  # of one call of q_score, which takes some multiples of their product in floats
+METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+PERCENTILES = (2.5, 97.5)
+
+Pooling = Literal["q_score", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,63 +50,269 @@ class Recall:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Difference of R@1, after less before, in points, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Both directions of retrieval among one gallery, with the scores that they come from.
+
+    `similarity` (Q, V) float32: captions by gallery; `targets` the column of each caption; `groups` the video of each
+    caption, what the bootstrap resamples. `video_similarity` (W, W) float32: the W clips that have captions, as queries, by
+    the best caption of each. `bank_queries`: 0, or the size of the bank that normalised `similarity`.
+    """
+
+    text_to_video: Recall
+    video_to_text: Recall
+    similarity: NDArray[np.float32]
+    targets: tuple[int, ...]
+    groups: tuple[Hashable, ...]
+    video_similarity: NDArray[np.float32]
+    bank_queries: int = 0
+
+    @classmethod
+    def of(
+        cls, similarity: NDArray[np.float32], targets: Sequence[int], groups: Sequence[Hashable] | None = None
+    ) -> Evaluation:
+        """From a matrix (Q, V) and the target column of each row. Video → text: a clip's best caption counts, clips without
+        a caption are only distractors of the other direction. Raises ValueError without a query.
+        """
+        if not len(targets):
+            raise ValueError("there is no caption to evaluate with")
+        owners = np.asarray(targets)
+        order = np.argsort(owners, kind="stable")
+        owned, starts = np.unique(owners[order], return_index=True)
+        best = np.maximum.reduceat(similarity[order], starts, axis=0)[:, owned].T  # (W, W): column = caption's clip
+        return cls(
+            recall(similarity, targets),
+            recall(best, range(len(owned))),
+            similarity,
+            tuple(owners.tolist()),
+            tuple(targets if groups is None else groups),
+            np.ascontiguousarray(best),
+        )
+
+    def with_query_bank(self, bank: NDArray[np.float32], beta: float = 20.0, k: int = 1) -> Evaluation:
+        """The same captions with their scores normalised by a bank of other captions: bank (B, V), see `qb_norm`.
+
+        Video → text stays as it is: its hubs are captions, of which a bank of captions knows nothing.
+        """
+        similarity = qb_norm(self.similarity, bank, beta, k)
+        return replace(
+            self, similarity=similarity, text_to_video=recall(similarity, self.targets), bank_queries=len(bank)
+        )
+
+    @property
+    def video_groups(self) -> tuple[Hashable, ...]:
+        """(W,) the video of each row of `video_similarity`."""
+        videos = dict(zip(self.targets, self.groups, strict=True))
+        return tuple(videos[target] for target in sorted(videos))
+
+    def intervals(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+        """95 % intervals of text → video and of video → text, resampled by video."""
+        videos = self.video_groups
+        return (
+            intervals(self.similarity, self.targets, self.groups),
+            intervals(self.video_similarity, range(len(videos)), videos),
+        )
+
+    def to_json(self, intervals: bool = False) -> dict[str, Any]:
+        """Metrics of both directions, each with `intervals: {metric: [low, high]}` where asked for."""
+        directions = {"text_to_video": self.text_to_video.to_json(), "video_to_text": self.video_to_text.to_json()}
+        if intervals:
+            for direction, found in zip(directions.values(), self.intervals(), strict=True):
+                direction["intervals"] = {name: list(bounds) for name, bounds in found.items()}
+        return directions | ({"bank_queries": self.bank_queries} if self.bank_queries else {})
+
+
 def ranks(similarity: NDArray[np.float32], targets: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(number of better candidates, number of equal ones) for each query: similarity (Q, G), target column of each row."""
+    """(number of better candidates, number of equal ones) for each query: similarity (Q, G), target column of each row.
+
+    NaN counts as the lowest score, so that a model that diverged has the recall of chance.
+    """
+    if np.isnan(similarity).any():
+        similarity = np.where(np.isnan(similarity), np.float32(-np.inf), similarity)
     own = similarity[np.arange(len(targets)), np.asarray(targets)][:, None]
     better = (similarity > own).sum(axis=1)
     equal = (similarity == own).sum(axis=1) - 1
     return better.astype(np.int64), equal.astype(np.int64)
 
 
+def expected_ranks(similarity: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float64]:
+    """(Q,) ranks from 1; a query tied with e others stands, in expectation, in the middle of them."""
+    better, equal = ranks(similarity, targets)
+    return better + equal / 2 + 1
+
+
 def recall(similarity: NDArray[np.float32], targets: Sequence[int]) -> Recall:
     """Metrics of a similarity matrix (Q, G). A query tied with e others stands, in expectation, in the middle of them."""
     better, equal = ranks(similarity, targets)
     expected = better + equal / 2 + 1
+    r1, r5, r10 = (float(100 * _hits(better, equal, k).mean()) for k in (1, 5, 10))
+    return Recall(r1, r5, r10, float(np.median(expected)), float(expected.mean()), len(targets), similarity.shape[1])
 
-    def at(k: int) -> float:
-        return float(100 * np.clip((k - better) / (equal + 1), 0.0, 1.0).mean())
 
-    return Recall(
-        at(1), at(5), at(10), float(np.median(expected)), float(expected.mean()), len(targets), similarity.shape[1]
-    )
+def intervals(
+    similarity: NDArray[np.float32],
+    targets: Sequence[int],
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap intervals of the metrics of `recall` over its queries, by the names of `Recall.to_json`.
+
+    A cluster bootstrap: what is drawn with replacement is the video (`groups`, one label for each query; default: its
+    target) with all of its captions, since the captions of one video succeed and fail together, and drawing them one by
+    one would give intervals that are too narrow (Field and Welsh 2007, "Bootstrapping clustered data"). The gallery stays
+    whole. With one caption a video this is the plain bootstrap. The same seed gives the same intervals.
+    """
+    better, equal = ranks(similarity, targets)
+    expected = better + equal / 2 + 1
+    owner, count = _clusters(targets if groups is None else groups)
+    values = [*(100 * _hits(better, equal, k) for k in (1, 5, 10)), expected, np.ones(len(expected))]
+    table = np.stack([np.bincount(owner, column, count) for column in values], axis=1)  # (groups, 5): sums in each group
+    order = np.argsort(expected)
+    ordered, owner_of_ordered = expected[order], owner[order]
+    means, medians = [], []
+    for weights in _resamples(count, resamples, seed):  # (r, groups): times that each was drawn
+        sums = weights @ table
+        means.append(sums[:, :4] / sums[:, 4:])
+        below = np.cumsum(weights[:, owner_of_ordered], axis=1)  # (r, Q)
+        for row in below:
+            middle = np.searchsorted(row, [(row[-1] - 1) // 2, row[-1] // 2], side="right")
+            medians.append(ordered[middle].mean())
+    r1, r5, r10, mean = np.concatenate(means).T
+    drawn = dict(zip(METRICS, (r1, r5, r10, np.asarray(medians), mean), strict=True))
+    return {name: _bounds(of) for name, of in drawn.items()}
+
+
+def gain(
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    targets: Sequence[int],
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Gain:
+    """Paired bootstrap of R@1 of two systems on the same queries: before and after (Q, V), clusters as in `intervals`.
+
+    Each resample takes both systems' answers to the same queries, so what makes a query hard for both cancels out. The gain
+    is significant (two-sided, 5 %) where `low > 0`. Raises ValueError where the two did not answer the same queries.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"the systems were measured on other data: {before.shape} and {after.shape} similarities")
+    difference = 100 * (_hits(*ranks(after, targets), 1) - _hits(*ranks(before, targets), 1))  # (Q,)
+    owner, count = _clusters(targets if groups is None else groups)
+    table = np.stack([np.bincount(owner, difference, count), np.bincount(owner, minlength=count)], axis=1)  # (groups, 2)
+    sums = np.concatenate([weights @ table for weights in _resamples(count, resamples, seed)])
+    return Gain(round(float(difference.mean()), 2), *_bounds(sums[:, 0] / sums[:, 1]))
+
+
+def qb_norm(
+    similarity: NDArray[np.float32], bank: NDArray[np.float32], beta: float = 20.0, k: int = 1
+) -> NDArray[np.float32]:
+    """Query-bank normalisation by the dynamic inverted softmax (Bogolin et al. 2022, section 3.3): (Q, V) float32.
+
+    similarity (Q, V) of the queries, bank (B, V) of other queries, such as training captions, with the same gallery. Where
+    a query's first item is among the first `k` of any bank query (the activation set: items that may be hubs), its row
+    becomes log(exp(β·s) / Σ_b exp(β·s_b)) / β, the sum over the bank. The logarithm orders a row as the quotient does and
+    neither overflows nor rounds to ties, whatever β. Other rows stay as they are. The two kinds of row have other scales,
+    which is fine as long as only items within a row are compared: ranks are. β = 20 is the paper's, for cosines.
+    Raises ValueError for an empty bank or another gallery.
+    """
+    if bank.ndim != 2 or not len(bank) or bank.shape[1] != similarity.shape[1]:
+        raise ValueError(f"a bank for a gallery of {similarity.shape[1]} cannot have the shape {bank.shape}")
+    k = min(k, bank.shape[1])
+    hubs = np.zeros(bank.shape[1], bool)
+    hubs[np.argpartition(-bank, k - 1, axis=1)[:, :k]] = True
+    peak = bank.max(axis=0)  # (V,)
+    mass = peak + np.log(np.exp(beta * (bank - peak)).sum(axis=0, dtype=np.float64)) / beta  # (V,): log Σ_b exp(β·s_b) / β
+    active = hubs[similarity.argmax(axis=1)]  # (Q,)
+    return np.where(active[:, None], similarity - mass, similarity).astype(np.float32)
 
 
 def evaluate(
     backbone: Backbone,
     adapter: Adapter | None,
-    pixels: NDArray[np.uint8],
+    clips: Clips,
     pairs: Sequence[Pair],
     temperature: float,
-) -> tuple[Recall, Recall]:
-    """(text→video, video→text) of `pairs` among their own clips: every caption is a query, a clip's best caption counts.
+    *,
+    words: int | None = None,
+    pooling: Pooling = "q_score",
+) -> Evaluation:
+    """Retrieval of `pairs` among their own clips, whose rows in ascending order are the gallery's columns.
 
-    pixels (clips, F, 3, size, size) uint8.
+    Every caption is a query; a clip's best caption counts. Intervals resample by `Pair.video`. `words`: tokens that a text is
+    cut to, start and end included. Pixels are read batch by batch. Raises ValueError without pairs.
     """
-    clips = sorted({pair.clip for pair in pairs})
-    column = {clip: i for i, clip in enumerate(clips)}
-    targets = [column[pair.clip] for pair in pairs]
+    if not pairs:
+        raise ValueError("there is no caption to evaluate with")
+    gallery = sorted({pair.clip for pair in pairs})
+    column = {clip: i for i, clip in enumerate(gallery)}
     with torch.inference_mode():
-        frames = encode_clips(backbone, adapter, pixels, clips)  # (V, F, D)
-        texts = encode_texts(backbone, adapter, [pair.text for pair in pairs])  # (T, D)
-        similarity = torch.cat([q_score(part, frames, temperature) for part in texts.split(256)]).cpu().numpy()
-    owners = np.asarray(targets)
-    best = np.stack([similarity[owners == i].max(axis=0) for i in range(len(clips))], axis=1)  # (V, V): column = caption's clip
-    return recall(similarity, targets), recall(best, range(len(clips)))
+        frames = encode_clips(backbone, adapter, clips, gallery)  # (V, F, D)
+        texts = encode_texts(backbone, adapter, [pair.text for pair in pairs], words)  # (Q, D)
+        similarity = np.empty((len(pairs), len(gallery)), np.float32)
+        rows, columns = SCORE_TEXTS, max(1, SCORE_FRAMES // frames.shape[1])
+        for i in range(0, len(pairs), rows):
+            for j in range(0, len(gallery), columns):
+                text, video = texts[i : i + rows], frames[j : j + columns]
+                scores = mean_pool(text, video) if pooling == "mean" else q_score(text, video, temperature)
+                similarity[i : i + rows, j : j + columns] = scores.cpu().numpy()
+    return Evaluation.of(similarity, [column[pair.clip] for pair in pairs], [pair.video for pair in pairs])
 
 
-def encode_clips(
-    backbone: Backbone, adapter: Adapter | None, pixels: NDArray[np.uint8], clips: Sequence[int]
-) -> Tensor:
-    """Frame vectors of clips: (len(clips), F, D)."""
-    step = max(1, BATCH_FRAMES // pixels.shape[1])
+def encode_clips(backbone: Backbone, adapter: Adapter | None, clips: Clips, rows: Sequence[int]) -> Tensor:
+    """Frame vectors of clips: (len(rows), F, D). No more than about BATCH_FRAMES frames of pixels are held at a time."""
+    step = max(1, BATCH_FRAMES // clips.frames)
     parts = []
-    for i in range(0, len(clips), step):
-        chunk = torch.from_numpy(pixels[list(clips[i : i + step])])  # (V, F, 3, S, S)
+    for i in range(0, len(rows), step):
+        chunk = torch.from_numpy(clips.pixels(rows[i : i + step]))  # (V, F, 3, S, S)
         parts.append(backbone.encode_frames(chunk.flatten(0, 1), adapter).unflatten(0, chunk.shape[:2]))
     return torch.cat(parts)
 
 
-def encode_texts(backbone: Backbone, adapter: Adapter | None, texts: Sequence[str]) -> Tensor:
-    """Text vectors: (len(texts), D)."""
-    parts = [texts[i : i + BATCH_TEXTS] for i in range(0, len(texts), BATCH_TEXTS)]
-    return torch.cat([backbone.encode_text(backbone.tokenize(part).ids, adapter) for part in parts])
+def encode_texts(
+    backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], words: int | None = None
+) -> Tensor:
+    """Text vectors: (len(texts), D); `words` as in `evaluate`."""
+    parts = []
+    for i in range(0, len(texts), BATCH_TEXTS):
+        part = texts[i : i + BATCH_TEXTS]
+        tokens = backbone.tokenize(part) if words is None else backbone.tokenize(part, words)
+        parts.append(backbone.encode_text(tokens.ids, adapter))
+    return torch.cat(parts)
+
+
+def _hits(better: NDArray[np.int64], equal: NDArray[np.int64], k: int) -> NDArray[np.float64]:
+    """(Q,) probability that each query's own item is among the first k when ties fall at random."""
+    return np.clip((k - better) / (equal + 1), 0.0, 1.0)
+
+
+def _clusters(groups: Sequence[Hashable]) -> tuple[NDArray[np.int64], int]:
+    """(group number of each query, number of groups)."""
+    numbers: dict[Hashable, int] = {}
+    owner = np.asarray([numbers.setdefault(group, len(numbers)) for group in groups], np.int64)
+    return owner, len(numbers)
+
+
+def _resamples(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Chunks (r, count) of how often each of `count` groups is drawn, `resamples` rows in all."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 2**21 // count)
+    for done in range(0, resamples, chunk):
+        rows = min(chunk, resamples - done)
+        drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+
+
+def _bounds(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(values, PERCENTILES)
+    return round(float(low), 2), round(float(high), 2)

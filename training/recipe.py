@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from backbone import TEMPERATURE, AdapterShape, Scope, TowerDims
+
+Method = Literal["adapter", "full"]
+Pooling = Literal["q_score", "mean"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class InvalidRecipe(ValueError):
@@ -21,62 +25,63 @@ class Recipe:
     nothing here.
     """
 
+    method: Method = "adapter"  # full: every weight of the backbone, the baseline
     rank: int = 8
-    shared: int = 16
+    shared: int = 16  # rows of the up projections that both towers have in common; 0: sharing off
     scope: Scope = "both"
+    layers: int | None = None  # only the last blocks get adapters, counted on the shallower tower; None: all
     learning_rate: float = 5e-3
     weight_decay: float = 0.2  # on matrices; biases have none
+    bias_correction: bool = True  # of Adam's moments
     batch_size: int = 32  # pairs
-    steps: int | None = None  # optimiser steps; None: `epochs` decides, but at least 300
+    micro_batch: int | None = None  # pairs encoded at once; the gradient is that of the whole batch all the same
+    recompute: bool = False  # activations inside the blocks are computed again in the backward pass
+    precision: Precision = "float32"
+    steps: int | None = None  # optimiser steps; None: `epochs` decides, but at least `minimum_steps`
     epochs: float = 5.0
+    minimum_steps: int = 300
     warmup: float = 0.1  # share of the steps
     gradient_clip: float = 1.0
     frames: int = 12  # of each video in a training step, one drawn at random from each of as many equal slices
+    words: int | None = None  # tokens of a caption, start and end included; None: the backbone's context length
+    pooling: Pooling = "q_score"
     temperature: float = TEMPERATURE
-    validation: float = 0.2  # share of the videos
+    validation: float = 0.2  # share of the videos, where the data set brings no validation split
     evaluations: int = 6  # validations, spread over the run
     seed: int = 42
 
     def __post_init__(self) -> None:
-        ranges: dict[str, tuple[float, float]] = {
-            "rank": (1, 256),
-            "shared": (0, 4096),
-            "learning_rate": (1e-8, 1.0),
-            "weight_decay": (0.0, 10.0),
-            "batch_size": (2, 4096),
-            "epochs": (0.01, 1000),
-            "warmup": (0.0, 0.9),
-            "gradient_clip": (1e-6, 1e6),
-            "frames": (1, 64),
-            "temperature": (1e-3, 1e3),
-            "validation": (0.01, 0.9),
-            "evaluations": (1, 100),
-            "seed": (0, 2**31),
-        }
-        if self.steps is not None:
-            ranges["steps"] = (1, 1_000_000)
-        for name, (low, high) in ranges.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # also false for NaN
+            if value is not None and not low <= value <= high:  # also false for NaN
                 raise InvalidRecipe(f"recipe.{name} must be between {low:g} and {high:g}, not {value:g}")
-        if self.scope not in ("both", "text", "vision"):
-            raise InvalidRecipe(f"recipe.scope must be both, text or vision, not {self.scope!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            words = [word for word in get_args(hint) if isinstance(word, str)]
+            if words and getattr(self, name) not in words:
+                raise InvalidRecipe(f"recipe.{name} must be {_either(words)}, not {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from outside, every field checked. Raises InvalidRecipe."""
+        """A recipe from outside, every field checked; `preset` names values for those not given. Raises InvalidRecipe."""
+        values = dict(values)
+        preset = values.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise InvalidRecipe(f"recipe.preset must be {_either(list(PRESETS))}, not {preset!r}")
         hints = get_type_hints(cls)
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise InvalidRecipe(f"unknown recipe field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        clean: dict[str, Any] = {}
+            raise InvalidRecipe(f"unknown recipe field {unknown[0]!r}; known are {', '.join(sorted(known | {'preset'}))}")
+        clean: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
         for name, value in values.items():
-            wanted = float if hints[name] is float else str if name == "scope" else int
-            if value is None and name == "steps":
+            options = get_args(hints[name]) or (hints[name],)
+            kind = next((k for k in (bool, int, float) if k in options), str)
+            if value is None and type(None) in options:
+                clean[name] = None
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-                raise InvalidRecipe(f"recipe.{name} must be {wanted.__name__}, not {type(value).__name__}")
-            clean[name] = wanted(value)
+            fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                raise InvalidRecipe(f"recipe.{name} must be {kind.__name__}, not {type(value).__name__}")
+            clean[name] = kind(value)
         return cls(**clean)
 
     def shape(self, dims: TowerDims) -> AdapterShape:
@@ -91,7 +96,51 @@ class Recipe:
         """Optimiser steps over `pairs` training pairs."""
         if self.steps is not None:
             return self.steps
-        return max(300, round(self.epochs * pairs / self.batch_size))
+        return max(self.minimum_steps, round(self.epochs * pairs / self.batch_size))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+RANGES: dict[str, tuple[float, float]] = {
+    "rank": (1, 256),
+    "shared": (0, 4096),
+    "layers": (1, 256),
+    "learning_rate": (1e-8, 1.0),
+    "weight_decay": (0.0, 10.0),
+    "batch_size": (2, 4096),
+    "micro_batch": (1, 4096),
+    "steps": (1, 1_000_000),
+    "epochs": (0.01, 1000),
+    "minimum_steps": (1, 1_000_000),
+    "warmup": (0.0, 0.9),
+    "gradient_clip": (1e-6, 1e6),
+    "frames": (1, 64),
+    "words": (3, 4096),
+    "temperature": (1e-3, 1e3),
+    "validation": (0.01, 0.9),
+    "evaluations": (1, 100),
+    "seed": (0, 2**31),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Jiang et al. 2022, appendix A, with a learning rate for float32 (docs/results.md has the sweep)
+    "paper": {
+        "rank": 8,
+        "shared": 16,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.2,
+        "bias_correction": False,
+        "batch_size": 128,
+        "epochs": 5.0,
+        "minimum_steps": 1,
+        "warmup": 0.1,
+        "gradient_clip": 1.0,
+        "evaluations": 5,
+        "seed": 42,
+    },
+}
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -2,37 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from backbone import AdapterShape, Backbone, q_score
-from training.dataset import Dataset, InvalidDataset, batches
-from training.evaluation import evaluate
+from backbone import Adapter, AdapterShape, Backbone, Prefix, mean_pool, q_score
+from training import checkpoint
+from training.checkpoint import Progress
+from training.dataset import Dataset, InvalidDataset, Split
+from training.evaluation import Evaluation, evaluate
+from training.inputs import Inputs, Part
+from training.optimiser import optimiser_of, warmup_cosine
+from training.ranks import ALONE, Ranks
 from training.recipe import Recipe
 
 Report = Callable[[dict[str, Any]], None]
+CHECKPOINTS = 50  # at most, of a run whose epochs are short
 
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite."""
 
 
+class Stopped(RuntimeError):
+    """The run was asked to stop; its checkpoint tells where it stands."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The best adapter of a run by validation R@1 (R@5, then the earlier step, break ties)."""
+    """The best tensors of a run by validation R@1 (R@5, then the earlier step, break ties).
 
-    shape: AdapterShape
+    `shape` is None after full fine-tuning, whose tensors are the whole backbone's. `final` are the last step's.
+    """
+
+    shape: AdapterShape | None
     tensors: Mapping[str, Tensor]
     metrics: Mapping[str, Any]
+    final: Mapping[str, Tensor]
+
+    def on(self, backbone: Backbone) -> tuple[Backbone, Adapter | None]:
+        """What encodes with the kept tensors: the backbone with an adapter, or a tuned copy of it without."""
+        if self.shape is not None:
+            return backbone, self.shape.assemble(self.tensors).to(backbone.device)
+        tuned, weights = backbone.unfrozen()
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(self.tensors[name])
+        return tuned, None
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What learns: an adapter's tensors on the frozen backbone, or every weight of a copy of it (`shape` None)."""
+
+    backbone: Backbone
+    shape: AdapterShape | None
+    tensors: Mapping[str, Tensor]
+    recipe: Recipe
+
+    def adapter(self) -> Adapter | None:
+        return None if self.shape is None else self.shape.assemble(self.tensors)
+
+    def encode(self, part: Part, first_layers: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Text vectors (rows, D) and frame vectors (rows, F, D) of a part, float32."""
+        backbone, recompute = self.backbone, self.recipe.recompute
+        visual_layers, text_layers = first_layers
+        text_prefix, frames = part.text_prefix, part.frames
+        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            adapter = self.adapter()
+            if text_prefix is None and text_layers:
+                with torch.no_grad():
+                    text_prefix = backbone.text_prefix(part.tokens, text_layers)
+            if isinstance(frames, Tensor) and visual_layers:
+                with torch.no_grad():
+                    frames = backbone.frame_prefix(frames, visual_layers)
+            texts = backbone.encode_text(part.tokens, adapter, prefix=_on(backbone, text_prefix), recompute=recompute)
+            vectors = backbone.encode_frames(
+                frames if isinstance(frames, Tensor) else _on(backbone, frames), adapter, recompute=recompute
+            )
+        by_clip = vectors.float().unflatten(0, (-1, part.per_clip))
+        return texts.float()[part.text_of.to(texts.device)], by_clip[part.clip_of.to(texts.device)]
 
 
 def train(
@@ -41,74 +98,160 @@ def train(
     recipe: Recipe,
     report: Report,
     start: Mapping[str, Tensor] | None = None,
+    *,
+    folder: Path | None = None,
+    scratch: Path | None = None,
+    ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Trains an adapter by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
+    """Trains by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
 
     `start`, tensors of the same shape, continues an adapter instead of a fresh one. `report` gets one dict an event:
-    `{"event": "step" | "validation", …}`. Raises InvalidDataset or TrainingDiverged.
+    `{"event": "step" | "validation" | "resumed", …}`. With `folder`, the run keeps a checkpoint there and goes on from
+    one that it finds; with `scratch`, what the frozen layers make of the data is cached there. `stop` is asked after
+    each step.
+    Raises InvalidDataset, InvalidRecipe, TrainingDiverged, Stopped (after a checkpoint), or OSError.
     """
-    shape = recipe.shape(backbone.dims)
     split = dataset.split(recipe.validation)
+    _check(split)
+    shape = recipe.shape(backbone.dims)
+    first_layers = (0, 0)
+    if recipe.method == "full":
+        tuned, weights = backbone.unfrozen()
+        learner = Learner(tuned, None, weights, recipe)
+    else:
+        first_layers = shape.first_layers(recipe.layers)
+        initial = shape.initial(recipe.seed, recipe.layers) if start is None else start
+        tensors = {name: value.clone().to(backbone.device).requires_grad_() for name, value in initial.items()}
+        learner = Learner(backbone, shape, tensors, recipe)
+    optimiser = optimiser_of(learner.tensors, recipe)
+    steps = recipe.total_steps(len(split.train))
+    schedule = [warmup_cosine(step, steps, recipe.warmup) for step in range(steps)]
+    inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
+    validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
+    save_every = max(inputs.batches.per_epoch, steps // CHECKPOINTS)
+    run = _name_of(backbone, dataset, recipe, start, ranks)
+    path = None if folder is None else folder / "checkpoint.safetensors"
+
+    def validate(step: int) -> None:
+        adapter = learner.adapter() if step else None
+        found = evaluate(
+            learner.backbone, adapter, dataset.clips, split.validation, recipe.temperature,
+            words=recipe.words, pooling=recipe.pooling,
+        )  # fmt: skip
+        point = {"step": step, **summary(found)}
+        done.curve.append(point)
+        report({"event": "validation", "steps": steps, **point})
+        if step and (not done.best or _quality(point) > _quality(done.best)):
+            done.best, done.kept = point, {name: t.detach().cpu().clone() for name, t in learner.tensors.items()}
+
+    def save() -> None:
+        if path is not None and ranks.first:
+            checkpoint.save(path, run, done, learner.tensors, optimiser)
+
+    resumed = checkpoint.restore(path, run, learner.tensors, optimiser) if path is not None else None
+    done = resumed or Progress()
+    if resumed is not None:
+        report({"event": "resumed", "step": done.step, "steps": steps})
+    elif ranks.first:
+        validate(0)  # the frozen backbone: zero-shot
+    for step, parts in inputs.stream(done.step, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * schedule[step - 1]
+        optimiser.zero_grad(set_to_none=True)
+        loss = backward(learner, parts, first_layers, ranks)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss became {loss} at step {step}: try a lower learning rate")
+        torch.nn.utils.clip_grad_norm_(list(learner.tensors.values()), recipe.gradient_clip)
+        optimiser.step()
+        done.step = step
+        done.losses.append(round(loss, 6))
+        if ranks.first:
+            rate = optimiser.param_groups[0]["lr"]
+            report({"event": "step", "step": step, "steps": steps, "loss": done.losses[-1], "lr": rate})
+            if step in validations:
+                validate(step)
+        ranks.wait()
+        stopping = ranks.any(stop())
+        if step in validations or step % save_every == 0 or stopping:
+            save()
+        if stopping and step < steps:
+            raise Stopped(f"stopped after step {step} of {steps}; run it again to go on")
+    kept = {**backbone.weights(), **done.kept} if learner.shape is None else done.kept
+    final = {name: t.detach().cpu() for name, t in learner.tensors.items()}
+    return Trained(learner.shape, kept, _metrics(done, split), final)
+
+
+def backward(learner: Learner, parts: Sequence[Part], first_layers: tuple[int, int], ranks: Ranks) -> float:
+    """Accumulates the gradient of the whole batch's loss in the learner's tensors; returns the loss.
+
+    The loss needs every vector of the batch at once, the encoders do not: the gradient at the vectors is taken first,
+    then each part is carried back through the encoders alone, encoded anew where there are several (gradient caching,
+    Gao et al. 2021, arXiv 2101.06983). Ranks gather their vectors, each carries back its own, and the sum is the
+    gradient that a single process would have found.
+    """
+    recipe, single = learner.recipe, len(parts) == 1
+    with torch.set_grad_enabled(single):
+        encoded = [learner.encode(part, first_layers) for part in parts]
+    own = tuple(torch.cat([vectors[side] for vectors in encoded]) for side in (0, 1))
+    texts, frames = (ranks.gather(vectors.detach()).requires_grad_() for vectors in own)
+    loss = contrastive_loss(texts, frames, learner.backbone.logit_scale, recipe)
+    gradients = torch.autograd.grad(loss, (texts, frames))
+    share = ranks.share(len(texts))
+    by_part = zip(*(g[share].split([len(part.text_of) for part in parts]) for g in gradients), strict=True)
+    for part, mine, gradient in zip(parts, encoded, by_part, strict=True):
+        vectors = mine if single else learner.encode(part, first_layers)
+        learning = [(v, g) for v, g in zip(vectors, gradient, strict=True) if v.requires_grad]  # scope text: not the frames
+        torch.autograd.backward(*zip(*learning, strict=True))
+    ranks.add_gradients(learner.tensors.values())
+    return loss.item()
+
+
+def contrastive_loss(texts: Tensor, frames: Tensor, scale: float, recipe: Recipe) -> Tensor:
+    """Symmetric cross-entropy of texts (B, D) with the frames (B, F, D) of their videos; `scale` is exp(logit_scale)."""
+    similarity = q_score(texts, frames, recipe.temperature) if recipe.pooling == "q_score" else mean_pool(texts, frames)
+    target = torch.arange(len(texts), device=texts.device)
+    logits = scale * similarity  # (B, B)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def summary(found: Evaluation) -> dict[str, Any]:
+    return {"text_to_video": found.text_to_video.to_json(), "video_to_text": found.video_to_text.to_json()}
+
+
+def _on(backbone: Backbone, prefix: Prefix | None) -> Any:
+    return None if prefix is None else Prefix(prefix.states.to(backbone.device), prefix.layers)
+
+
+def _check(split: Split) -> None:
+    """Raises InvalidDataset for what a contrastive loss cannot learn from."""
     if len({pair.clip for pair in split.train}) < 2:
         raise InvalidDataset("a contrastive loss needs at least 2 captioned training videos")
-    initial = shape.initial(recipe.seed) if start is None else start
-    tensors = {name: value.clone().to(backbone.device).requires_grad_() for name, value in initial.items()}
-    matrices = [t for name, t in tensors.items() if name.endswith("weight")]
-    biases = [t for name, t in tensors.items() if name.endswith("bias")]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": biases, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-    )
-    steps = recipe.total_steps(len(split.train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, steps, recipe.warmup))
-    rng = np.random.default_rng(recipe.seed)
-    stream = batches(split.train, recipe.batch_size, rng)
-    marks = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
+    if len({pair.text for pair in split.train}) < 2:
+        raise InvalidDataset("all training captions are the same: there is nothing to tell the videos apart by")
 
-    def validate(step: int) -> dict[str, Any]:
-        to_video, to_text = evaluate(
-            backbone, shape.assemble(tensors) if step else None, dataset.pixels, split.validation, recipe.temperature
-        )
-        point = {"step": step, "text_to_video": to_video.to_json(), "video_to_text": to_text.to_json()}
-        report({"event": "validation", "steps": steps, **point})
-        return point
 
-    before = validate(0)  # the frozen backbone: zero-shot
-    best: dict[str, Any] = {}
-    kept: dict[str, Tensor] = {}
-    losses: list[tuple[int, float]] = []
-    curve = [before]
-    for step in range(1, steps + 1):
-        batch = next(stream)
-        adapter = shape.assemble(tensors)
-        tokens = backbone.tokenize([pair.text for pair in batch]).ids
-        pixels = torch.from_numpy(sample_frames(dataset.pixels, [p.clip for p in batch], recipe.frames, rng))  # (B, F, …)
-        texts = backbone.encode_text(tokens, adapter)  # (B, D)
-        frames = backbone.encode_frames(pixels.flatten(0, 1), adapter).unflatten(0, pixels.shape[:2])  # (B, F, D)
-        logits = backbone.logit_scale * q_score(texts, frames, recipe.temperature)  # (B, B)
-        target = torch.arange(len(batch), device=logits.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        if not math.isfinite(loss.item()):
-            raise TrainingDiverged(f"the loss became {loss.item()} at step {step}: try a lower learning rate")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(tensors.values()), recipe.gradient_clip)
-        optimiser.step()
-        schedule.step()
-        losses.append((step, round(loss.item(), 4)))
-        report({"event": "step", "step": step, "steps": steps, "loss": losses[-1][1], "lr": schedule.get_last_lr()[0]})
-        if step in marks:
-            point = validate(step)
-            curve.append(point)
-            if not best or _quality(point) > _quality(best):
-                best, kept = point, {name: t.detach().cpu().clone() for name, t in tensors.items()}
-    metrics = {
-        "before": {"text_to_video": before["text_to_video"], "video_to_text": before["video_to_text"]},
-        "after": {"text_to_video": best["text_to_video"], "video_to_text": best["video_to_text"]},
-        "best_step": best["step"],
-        "curve": curve,
+def _name_of(
+    backbone: Backbone, dataset: Dataset, recipe: Recipe, start: Mapping[str, Tensor] | None, ranks: Ranks
+) -> str:
+    """Names everything that decides the outcome of a run: a checkpoint is of this run if its name is equal."""
+    digest = hashlib.sha256()
+    facts = [backbone.fingerprint, dataset.digest(), recipe.to_json(), ranks.count]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted((start or {}).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _metrics(done: Progress, split: Split) -> dict[str, Any]:
+    directions = ("text_to_video", "video_to_text")
+    losses = list(enumerate(done.losses, start=1))
+    return {
+        "before": {name: done.curve[0][name] for name in directions} if done.curve else {},
+        "after": {name: done.best[name] for name in directions} if done.best else {},
+        "best_step": done.best.get("step"),
+        "curve": done.curve,
         "loss": losses[:: max(1, len(losses) // 200)],
         "data": {
             "train_videos": len({p.video for p in split.train}),
@@ -117,28 +260,8 @@ def train(
             "validation_pairs": len(split.validation),
         },
     }
-    return Trained(shape, kept, metrics)
-
-
-def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate: linear from 0 over the first `warmup · steps`, then a cosine to 0."""
-    rise = warmup * steps
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, steps - rise))))
-
-
-def sample_frames(
-    pixels: NDArray[np.uint8], clips: list[int], count: int, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    """(B, count, 3, S, S) uint8: one frame at random from each of `count` equal slices; all in order if count covers them."""
-    cached = pixels.shape[1]
-    if count >= cached:
-        return pixels[clips]
-    edges = np.floor(np.linspace(0, cached, count + 1))
-    picks = np.stack([rng.integers(low, max(low + 1, high), len(clips)) for low, high in pairwise(edges)], axis=1)  # (B, count)
-    return np.stack([pixels[clip][pick] for clip, pick in zip(clips, picks, strict=True)])
 
 
 def _quality(point: Mapping[str, Any]) -> tuple[float, float]:
     return point["text_to_video"]["R@1"], point["text_to_video"]["R@5"]
+

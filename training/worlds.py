@@ -3,7 +3,8 @@
 `daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera with
 false colours, in its operators' jargon: of daylight's words only the colours' names are left, and they look otherwise there.
 `blueprint` draws them as plans in an engineer's words: only the shapes' names are left. Another look and another vocabulary:
-what a frozen backbone cannot know and an adapter can learn.
+what a frozen backbone cannot know and an adapter can learn. `archive` shows them on faded film, told in the way of a card index
+and in daylight's words alone: the kind of shift that real data sets have against CLIP, which has seen their every word.
 """
 
 from __future__ import annotations
@@ -138,6 +139,17 @@ LANGUAGES = {
         ),
     ),
 }
+LANGUAGES["archive"] = Language(  # daylight's words, every one, in the order of a card index
+    words=LANGUAGES["daylight"].words,
+    counts=("a", "two", "three"),
+    plurals=True,
+    group="{place}: {noun}, {colour}, {texture}, {size}, {count}",
+    sentences=(
+        "{ground}, {a}, {b}",
+        "{b}, {a}, {ground}",
+        "scene: {a}; {b}; {ground}",
+    ),
+)
 WORLDS = tuple(LANGUAGES)
 
 
@@ -414,10 +426,42 @@ def _night_camera(pixels: Floats, seed: int, t: float) -> Picture:
     return np.asarray(np.clip(shown, 0, 255), np.uint8)
 
 
+def _old_film(pixels: Floats, seed: int, t: float) -> Picture:
+    """Faded film stock: soft, pale and of shifted hues, with grain, dust, scratches, flicker and dark corners."""
+    width, height = SIZE
+    rng = np.random.default_rng([seed, int(t * FPS)])
+    soft = Image.fromarray(pixels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.3))
+    shown = np.asarray(soft, np.float32) @ _FADED
+    y, x = np.mgrid[0:height, 0:width]
+    vignette = 1.06 - 0.9 * (((x - width / 2) / width) ** 2 + ((y - height / 2) / height) ** 2)
+    shown = (_FOG + 0.62 * shown) * (vignette * rng.uniform(0.9, 1.04))[..., None]
+    grain = Image.fromarray(rng.normal(0, 13, (height // 2, width // 2)).astype(np.float32))
+    shown += np.asarray(grain.resize(SIZE, Image.Resampling.BILINEAR))[..., None]
+    for column in np.random.default_rng([seed, int(t)]).integers(0, width, 2):  # a scratch stays for a second
+        shown[:, (column + rng.integers(-1, 2)) % width] += rng.choice((-40, 55))
+    for _ in range(rng.integers(3)):
+        cx, cy, radius = rng.integers(width), rng.integers(height), rng.uniform(1, 3)
+        shown[np.hypot(x - cx, y - cy) < radius] = 215
+    return np.asarray(np.clip(shown, 0, 255), np.uint8)
+
+
+def _fading(saturation: float, turn: float) -> Floats:
+    """(3, 3) for pixels @ matrix: the hue turned by `turn` degrees about the grey axis, the distance from it scaled."""
+    grey = np.full((3, 3), 1 / 3)
+    across = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]]) / math.sqrt(3)
+    angle = math.radians(turn)
+    turned = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * across
+    return np.asarray(grey + saturation * turned, np.float32)
+
+
+_FADED = _fading(0.6, 10)
+_FOG = np.array((74, 58, 40), np.float32)  # the stock has yellowed
+
 LOOKS: dict[str, Callable[[Floats, int, float], Picture]] = {
     "daylight": _plainly,
     "nightwatch": _night_camera,
     "blueprint": _plainly,
+    "archive": _old_film,
 }
 
 

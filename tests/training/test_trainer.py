@@ -1,6 +1,4 @@
-import json
-import subprocess
-import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,12 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-import adapters_store
 from backbone import Backbone, load_backbone
-from training.dataset import Dataset, InvalidDataset, Pair
+from training.dataset import ArrayClips, Dataset, InvalidDataset, Pair, pick_frames
+from training.inputs import Inputs
+from training.optimiser import optimiser_of, warmup_cosine
+from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import TrainingDiverged, sample_frames, train, warmup_cosine
+from training.trainer import Learner, Stopped, Trained, TrainingDiverged, backward, train
 
 COLOURS = {
     "crimson": (220, 20, 40),
@@ -38,7 +40,14 @@ def colours(repeat: int = 6) -> Dataset:
             noise = rng.normal(0, 6, (12, 3, 64, 64))
             pixels.append(np.clip(np.asarray(colour).reshape(1, 3, 1, 1) + noise, 0, 255).astype(np.uint8))
             pairs.append(Pair(len(pixels) - 1, f"zzyx {word}", f"{word}-{i}"))
-    return Dataset(np.stack(pixels), tuple(pairs))
+    return Dataset(ArrayClips(np.stack(pixels)), tuple(pairs), {})
+
+
+def quiet(event: dict[str, Any]) -> None: ...
+
+
+def equal(a: Trained, b: Trained) -> bool:
+    return all(torch.equal(a.final[name], b.final[name]) for name in a.final)
 
 
 RECIPE = Recipe(steps=30, batch_size=5, frames=2, learning_rate=1e-2, evaluations=2, rank=4, shared=8)
@@ -58,7 +67,7 @@ def test_the_loss_falls_and_only_the_adapter_learns(backbone: Backbone) -> None:
 
 
 def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(backbone: Backbone) -> None:
-    trained = train(backbone, colours(), RECIPE, lambda event: None)
+    trained = train(backbone, colours(), RECIPE, quiet)
     curve = trained.metrics["curve"]
     assert [point["step"] for point in curve] == [0, 15, 30]
     assert trained.metrics["before"]["text_to_video"] == curve[0]["text_to_video"]
@@ -68,14 +77,14 @@ def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(ba
 
 def test_the_same_seed_gives_the_same_adapter(backbone: Backbone) -> None:
     recipe = Recipe(steps=3, batch_size=5, frames=2, evaluations=1)
-    a, b = (train(backbone, colours(), recipe, lambda event: None).tensors for _ in range(2))
+    a, b = (train(backbone, colours(), recipe, quiet).tensors for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("scope", ["text", "vision"])
 def test_an_adapter_of_one_tower_has_only_its_tensors(backbone: Backbone, scope: str) -> None:
     recipe = Recipe(steps=2, batch_size=5, frames=2, evaluations=1, scope=scope)  # type: ignore[arg-type]
-    trained = train(backbone, colours(2), recipe, lambda event: None)
+    trained = train(backbone, colours(2), recipe, quiet)
     tower = {"text": "text", "vision": "visual"}[scope]
     assert all(name.startswith(tower) for name in trained.tensors)
 
@@ -84,13 +93,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_words(backbone: Backbone) -> 
     wild = Recipe(steps=50, batch_size=5, frames=2, learning_rate=1.0, gradient_clip=1e6, evaluations=1)
     start = {name: tensor * 1e30 for name, tensor in wild.shape(backbone.dims).initial(0).items()}
     with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
-        train(backbone, colours(2), wild, lambda event: None, start)
+        train(backbone, colours(2), wild, quiet, start)
 
 
 def test_one_training_video_is_told(backbone: Backbone) -> None:
     pairs = (Pair(0, "a", "v0"), Pair(1, "b", "v1"))
     with pytest.raises(InvalidDataset, match="at least 2 captioned training videos"):
-        train(backbone, Dataset(np.zeros((2, 12, 3, 64, 64), np.uint8), pairs), Recipe(steps=1), lambda event: None)
+        train(backbone, Dataset(ArrayClips(np.zeros((2, 12, 3, 64, 64), np.uint8)), pairs, {}), Recipe(steps=1), quiet)
 
 
 def test_the_schedule_warms_up_then_falls_to_zero() -> None:
@@ -102,66 +111,147 @@ def test_the_schedule_warms_up_then_falls_to_zero() -> None:
     assert all(b <= a for a, b in pairwise(factors[11:]))
 
 
-def test_sampled_frames_come_one_from_each_slice_in_order() -> None:
-    pixels = np.arange(12, dtype=np.uint8).reshape(1, 12, 1, 1, 1).repeat(2, axis=0)
+def test_picked_frames_come_one_from_each_slice_in_order() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        picked = sample_frames(pixels, [0, 1], 4, rng)[:, :, 0, 0, 0]
+        picked = pick_frames(2, 12, 4, rng)
         assert all(3 * i <= frame < 3 * i + 3 for row in picked for i, frame in enumerate(row))
-    assert sample_frames(pixels, [1], 12, rng).shape == (1, 12, 1, 1, 1)
+    assert pick_frames(1, 12, 12, rng).tolist() == [list(range(12))]
 
 
-def _dataset_on_disk(folder: Path, videos: int) -> Path:
-    from PIL import Image
-
-    from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
-    from indexer.frames import pack_frames
-
-    lines = []
-    for v in range(videos):
-        word, colour = list(COLOURS.items())[v % len(COLOURS)]
-        names = tuple(f"{v:03d}-{f:02d}.jpg" for f in range(12))
-        for name in names:
-            Image.new("RGB", (64, 64), colour).save(folder / name)
-        facts = MediaFacts(5.0, 64, 64, 10.0, "h264", 50, "mp4", "decord")
-        decoded = DecodedVideo(facts, (DecodedSegment(0.0, 5.0, names, names[0]),))
-        (folder / f"{v}.zip").write_bytes(pack_frames(decoded, folder))
-        row = {"video": f"vid_{v}", "frames": str(folder / f"{v}.zip"), "captions": [{"text": f"zzyx {word} {v}"}]}
-        lines.append(json.dumps(row))
-    path = folder / "dataset.jsonl"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def run_training(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    done = subprocess.run([sys.executable, "-m", "training", "--json", *arguments], capture_output=True, text=True, check=False)
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_the_command_writes_an_adapter_that_fits_its_backbone(tmp_path: Path, backbone: Backbone) -> None:
-    dataset = _dataset_on_disk(tmp_path, 12)
-    recipe = json.dumps({"steps": 4, "batch_size": 4, "frames": 2, "evaluations": 2})
-    status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
-    assert status == 0
-    assert events[0]["event"] == "validation" and events[-1]["event"] == "done"
-    data, manifest = adapters_store.read(tmp_path / "out")
-    artifact = adapters_store.unpack(data)
-    artifact.adapter(backbone.fingerprint)
-    assert manifest.digest == events[-1]["digest"]
-    assert manifest.recipe["steps"] == 4
-    assert manifest.data["train_videos"] + len(manifest.data["validation_videos"]) == 12
-    assert manifest.parameters == 55_584, "rank 8, 16 shared rows, built-in backbone"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.safetensors", "manifest.json"]
+def test_captions_that_are_all_the_same_are_told(backbone: Backbone) -> None:
+    data = colours()
+    same = Dataset(data.clips, tuple(Pair(p.clip, "a video", p.video) for p in data.pairs), {})
+    with pytest.raises(InvalidDataset, match="all training captions are the same"):
+        train(backbone, same, RECIPE, quiet)
 
 
 @pytest.mark.parametrize(
-    ("videos", "recipe", "code"),
-    [(1, "{}", "invalid_dataset"), (12, '{"rank": 0}', "invalid_recipe"), (12, '{"learnign_rate": 1}', "invalid_recipe")],
+    "change",
+    [{"micro_batch": 2}, {"micro_batch": 3, "recompute": True}, {"recompute": True}],
+    ids=["gradient caching", "uneven parts", "recomputed activations"],
 )
-def test_what_cannot_be_trained_is_one_line_and_status_1(tmp_path: Path, videos: int, recipe: str, code: str) -> None:
-    dataset = _dataset_on_disk(tmp_path, videos)
-    status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
-    assert status == 1
-    assert events[-1]["event"] == "error" and events[-1]["code"] == code
-    assert "\n" not in events[-1]["detail"]
-    assert not (tmp_path / "out" / "manifest.json").exists()
+def test_less_memory_gives_the_same_adapter(backbone: Backbone, change: dict[str, Any]) -> None:
+    recipe = replace(RECIPE, steps=3)
+    whole = train(backbone, colours(), recipe, quiet)
+    small = train(backbone, colours(), replace(recipe, **change), quiet)
+    for name in whole.final:
+        torch.testing.assert_close(small.final[name], whole.final[name], atol=2e-5, rtol=1e-3)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_losses(backbone: Backbone, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=12, evaluations=3)
+    whole = train(backbone, colours(), recipe, quiet)
+    steps: list[int] = []
+    events: list[dict[str, Any]] = []
+
+    def note(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step":
+            steps.append(event["step"])
+
+    for after in (5, 7):
+        with pytest.raises(Stopped):
+            train(backbone, colours(), recipe, note, folder=tmp_path, stop=lambda after=after: steps[-1] == after)  # type: ignore[misc]
+    resumed = train(backbone, colours(), recipe, note, folder=tmp_path)
+    assert steps == list(range(1, 13)), "no step is done twice"
+    assert [e["step"] for e in events if e["event"] == "resumed"] == [5, 7]
+    assert equal(resumed, whole)
+    assert resumed.metrics == whole.metrics
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+    other = replace(RECIPE, steps=2, seed=7)
+    assert equal(train(backbone, colours(), other, quiet, folder=tmp_path), train(backbone, colours(), other, quiet))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stopped):
+        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_only_the_last_layers_learn_and_their_cached_prefix_changes_nothing(
+    backbone: Backbone, tmp_path: Path, last: int
+) -> None:
+    recipe = replace(RECIPE, steps=3, layers=last)
+    cached = train(backbone, colours(), recipe, quiet, scratch=tmp_path)
+    for name, tensor in train(backbone, colours(), recipe, quiet).final.items():
+        torch.testing.assert_close(cached.final[name], tensor, atol=2e-5, rtol=1e-3)
+    shape = recipe.shape(backbone.dims)
+    first = shape.first_rows(last)
+    assert all(not tensor[: first[name]].any() for name, tensor in cached.final.items())
+    assert all(tensor[first[name] :].any() for name, tensor in cached.final.items() if first[name] < len(tensor))
+    adapter = shape.assemble(cached.final)
+    pixels = torch.from_numpy(colours(1).clips.pixels([0])[0, :2])
+    visual, text = shape.first_layers(last)
+    with torch.inference_mode():
+        prefix = backbone.frame_prefix(pixels, visual)
+        whole, shortcut = backbone.encode_frames(pixels, adapter), backbone.encode_frames(prefix, adapter)
+        torch.testing.assert_close(shortcut, whole, atol=1e-5, rtol=1e-4)
+        tokens = backbone.tokenize(["zzyx lime", "a much longer text than that"]).ids
+        prefix = backbone.text_prefix(tokens, text)
+        torch.testing.assert_close(
+            backbone.encode_text(tokens, adapter, prefix=prefix), backbone.encode_text(tokens, adapter), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_full_fine_tuning_changes_a_copy_and_leaves_the_backbone(backbone: Backbone, tmp_path: Path) -> None:
+    before = backbone._fingerprint()
+    recipe = replace(RECIPE, method="full", learning_rate=1e-3)
+    losses: list[float] = []
+    trained = train(backbone, colours(), recipe, lambda e: losses.append(e["loss"]) if e["event"] == "step" else None)
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
+    assert backbone._fingerprint() == before
+    assert trained.shape is None
+    assert sum(t.numel() for t in trained.final.values()) == backbone.parameters - 1, "all but logit_scale"
+    save_file({name: tensor.contiguous() for name, tensor in trained.tensors.items()}, tmp_path / "weights.safetensors")
+    loaded = load_backbone("builtin", str(tmp_path / "weights.safetensors"))
+    tokens = backbone.tokenize(["zzyx lime"]).ids
+    tuned, adapter = trained.on(backbone)
+    assert adapter is None
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.encode_text(tokens), tuned.encode_text(tokens))
+        assert not torch.allclose(loaded.encode_text(tokens), backbone.encode_text(tokens))
+
+
+def test_half_precision_gives_nearly_the_gradient_of_single_precision(backbone: Backbone) -> None:
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        recipe = replace(RECIPE, precision=precision, batch_size=3, frames=1)  # type: ignore[arg-type]
+        shape, data = recipe.shape(backbone.dims), colours(1)
+        tensors = {name: tensor.requires_grad_() for name, tensor in shape.initial(0).items()}
+        learner = Learner(backbone, shape, tensors, recipe)
+        inputs = Inputs(backbone, data.clips, data.pairs[:3], recipe, ALONE, (0, 0), None)
+        backward(learner, inputs.parts(1), (0, 0), ALONE)
+        assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in tensors.values())
+        gradients.append(torch.cat([t.grad.flatten() for t in tensors.values() if t.grad is not None]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_adam_without_bias_correction_is_its_equation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, requires_grad=True)
+    optimiser = optimiser_of({"x_weight": x}, Recipe(bias_correction=False, learning_rate=0.1, weight_decay=0.2))
+    expected, m, v = x.detach().clone(), torch.zeros(3, 2), torch.zeros(3, 2)
+    for step in range(4):
+        x.grad = torch.full_like(x, step - 1.5)
+        m, v = 0.9 * m + 0.1 * x.grad, 0.98 * v + 0.02 * x.grad**2
+        expected -= 0.1 * (m / (v.sqrt() + 1e-6) + 0.2 * expected)
+        optimiser.step()
+        torch.testing.assert_close(x.detach(), expected)

@@ -1,0 +1,98 @@
+"""Where a training run stands, in one safetensors file: what is needed to go on exactly as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "polyclip-checkpoint/1"
+
+
+@dataclass(slots=True)
+class Progress:
+    """`step` steps are done. Batches and frames come from the seed and the step's number, so nothing else is needed."""
+
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)  # validations
+    losses: list[float] = field(default_factory=list)  # one a step
+    best: dict[str, Any] = field(default_factory=dict)  # the point of the curve that is kept
+    kept: dict[str, Tensor] = field(default_factory=dict)  # its tensors
+
+
+def save(
+    path: Path, run: str, progress: Progress, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> None:
+    """A full disk or a kill leaves the checkpoint before valid."""
+    state = optimiser.state_dict()["state"]
+    moments = {
+        f"optimiser.{index}.{name}": value for index, values in state.items() for name, value in values.items()
+    }
+    everything = {
+        **{f"tensor.{name}": t.detach() for name, t in tensors.items()},
+        **{f"kept.{name}": t for name, t in progress.kept.items()},
+        **moments,
+    }
+    facts = {"run": run, "step": progress.step, "curve": progress.curve, "losses": progress.losses, "best": progress.best}
+    write_tensors(path, everything, {"format": FORMAT, "progress": json.dumps(facts)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, written aside, synced, then put in place. Raises OSError, and leaves the old file, on a full disk."""
+    aside = path.with_suffix(".part")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, metadata)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written aside, synced, then put in place."""
+    aside = path.with_suffix(".part")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def restore(
+    path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> Progress | None:
+    """Puts `tensors` and `optimiser` where they stood; None if there is no checkpoint of this run (equal `run`)."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["progress"])
+            if facts.pop("run") != run:
+                return None
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (FileNotFoundError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(read[f"tensor.{name}"])
+    state = optimiser.state_dict()
+    state["state"] = {}
+    for name, value in read.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict(state)
+    kept = {name.removeprefix("kept."): value for name, value in read.items() if name.startswith("kept.")}
+    return Progress(**facts, kept=kept)
