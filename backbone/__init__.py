@@ -1,6 +1,6 @@
 """The frozen CLIP backbone and the Cross-Modal Adapters that are its arguments."""
 
-from backbone.adapter import Adapter, AdapterShape, Scope, TowerDims
+from backbone.adapter import Adapter, AdapterShape, Scope, Start, TowerDims
 from backbone.images import to_pixels
 from backbone.load import BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
@@ -15,6 +15,7 @@ __all__ = [
     "BackboneNotFound",
     "Prefix",
     "Scope",
+    "Start",
     "Tokens",
     "TowerDims",
     "UnsupportedBackbone",

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Scope = Literal["both", "text", "vision"]
+Start = Literal["identity", "small"]
 Tensors = Mapping[str, Tensor]
 
 
@@ -111,13 +112,17 @@ class AdapterShape:
     def first_layers(self, last: int | None) -> tuple[int, int]:
         """(visual, text) layer from which on adapters stand where only the `last` blocks of the shallower tower have them.
 
-        The deeper tower is cut where its partner layers are, so that no shared row belongs to both sides. None: (0, 0).
+        The deeper tower is cut where its partner layers are, so that no shared row belongs to both sides. None: all blocks.
+        A tower without adapters has them from beyond its last layer on.
         """
         pairs = self.pairs()
-        if last is None or last >= len(pairs):
-            return 0, 0
-        visual, text = pairs[len(pairs) - last - 1]
-        return visual + 1, text + 1
+        visual, text = 0, 0
+        if last is not None and last < len(pairs):
+            visual, text = (layer + 1 for layer in pairs[len(pairs) - last - 1])
+        return (
+            self.dims.visual_layers if self.scope == "text" else visual,
+            self.dims.text_layers if self.scope == "vision" else text,
+        )
 
     def first_rows(self, last: int | None) -> dict[str, int]:
         """For each stored tensor, the row from which on it belongs to the `last` blocks (`first_layers`)."""
@@ -136,17 +141,20 @@ class AdapterShape:
                 rows[name] = 2 * first[tower]
         return rows
 
-    def initial(self, seed: int, last: int | None = None) -> dict[str, Tensor]:
-        """Fresh float32 tensors: weights from a truncated normal of std 0.01, biases zero (the paper's init).
+    def initial(self, seed: int, last: int | None = None, start: Start = "small") -> dict[str, Tensor]:
+        """Fresh float32 tensors, biases zero.
 
-        With `last`, the layers before the last blocks are all zero, which makes their adapters the identity.
+        `identity`: down projections from a truncated normal of std 1/√d, up projections zero, so that training begins
+        at the frozen backbone (as LoRA's does, Hu et al. 2021); `small`: all weights of std 0.01, the paper's.
+        With `last`, the layers before the last blocks are all zero, which makes their adapters the identity for good.
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: torch.zeros(shape) for name, shape in self.layout().items()}
         first = self.first_rows(last)
         for name, tensor in tensors.items():
-            if name.endswith("weight"):
-                torch.nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02, generator=generator)
+            if name.endswith("weight") and (start == "small" or "_down_" in name):
+                std = 0.01 if start == "small" else tensor.shape[-1] ** -0.5
+                torch.nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std, generator=generator)
                 tensor[: first[name]] = 0
         return tensors
 

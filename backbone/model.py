@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transformer import ResidualAttentionBlock, text_global_pool
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, text_global_pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone.adapter import Adapter, MixedTowerAdapters, TowerAdapter, TowerDims
@@ -126,9 +127,10 @@ class Backbone:
         x, first = (self._embed_text(tokens), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         apply = self._tower("text", adapters, len(tokens))
-        x = _run_blocks(x, text.transformer.resblocks, apply, mask, first, recompute=recompute)
+        pool = self._text_token(tokens)
+        x = _run_blocks(x, text.transformer.resblocks, apply, mask, first, pool=pool, recompute=recompute)
         x = text.ln_final(x)
-        pooled = text_global_pool(x, tokens, self._text_pool, eos_token_id=self._eos_id)  # (B, d)
+        pooled = text_global_pool(x, tokens, self._text_pool) if pool is None else x[:, 0]  # (B, d)
         projection = text.text_projection
         if isinstance(projection, nn.Linear):
             return projection(pooled)  # type: ignore[no-any-return]
@@ -143,22 +145,27 @@ class Backbone:
         """
         x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
         apply = self._tower("visual", adapters, len(x))
-        x = _run_blocks(x, self._visual.transformer.resblocks, apply, None, first, recompute=recompute)
+        blocks = self._visual.transformer.resblocks
+        x = _run_blocks(x, blocks, apply, None, first, pool=self._frame_token(x), recompute=recompute)
         pooled, _ = self._visual._pool(x)
         return pooled @ self._visual.proj  # type: ignore[no-any-return]
 
     def text_prefix(self, tokens: Tensor, layers: int) -> Prefix:
-        """The first `layers` blocks over tokens (B, L), without adapters: states (B, L, text width)."""
+        """The first `layers` blocks over tokens (B, L), without adapters: states (B, L, text width), or (B, 1, …) after all."""
         tokens = tokens.to(self.device)
         length = tokens.shape[1]
         mask = None if self._text.attn_mask is None else self._text.attn_mask[:length, :length]
-        blocks = self._text.transformer.resblocks[:layers]
-        return Prefix(_run_blocks(self._embed_text(tokens), blocks, None, mask), layers)
+        blocks = self._text.transformer.resblocks
+        pool = self._text_token(tokens) if layers == len(blocks) else None
+        return Prefix(_run_blocks(self._embed_text(tokens), blocks[:layers], None, mask, pool=pool), layers)
 
     def frame_prefix(self, pixels: Tensor, layers: int) -> Prefix:
-        """The first `layers` blocks over pixels (N, 3, image_size, image_size), without adapters: states (N, T, width)."""
-        blocks = self._visual.transformer.resblocks[:layers]
-        return Prefix(_run_blocks(self._embed_frames(pixels), blocks, None, None), layers)
+        """The first `layers` blocks over pixels (N, 3, image_size, image_size), without adapters: states (N, T, width), or
+        (N, 1, width) after all.
+        """
+        x, blocks = self._embed_frames(pixels), self._visual.transformer.resblocks
+        pool = self._frame_token(x) if layers == len(blocks) else None
+        return Prefix(_run_blocks(x, blocks[:layers], None, None, pool=pool), layers)
 
     def unfrozen(self) -> tuple[Backbone, dict[str, Tensor]]:
         """A copy of its own whose weights take gradients, all but logit_scale, and those weights by name.
@@ -217,6 +224,15 @@ class Backbone:
         )
         return MixedTowerAdapters.gather(distinct, torch.tensor(index, device=self.device), width, 2 * layers)
 
+    def _text_token(self, tokens: Tensor) -> Tensor | None:
+        """(B,) the token that stands for each text; None where the tower pools otherwise."""
+        return self._ends(tokens) if self._text_pool in ("argmax", "eos") else None
+
+    def _frame_token(self, x: Tensor) -> Tensor | None:
+        """(N,) zeros: the class token stands for its frame; None where the tower pools otherwise."""
+        single = self._visual.attn_pool is None and self._visual.pool_type == "tok"
+        return torch.zeros(len(x), dtype=torch.int64, device=x.device) if single else None
+
     def _ends(self, tokens: Tensor) -> Tensor:
         """(B,) position of each text's end token, where the tower pools."""
         return tokens.argmax(dim=-1) if self._text_pool == "argmax" else tokens.eq(self._eos_id or 0).int().argmax(dim=-1)
@@ -260,20 +276,65 @@ _Apply = Callable[[Tensor, int], Tensor]
 
 
 def _run_blocks(
-    x: Tensor, blocks: Sequence[Any], apply: _Apply | None, mask: Tensor | None, first: int = 0, *, recompute: bool = False
+    x: Tensor,
+    blocks: Sequence[Any],
+    apply: _Apply | None,
+    mask: Tensor | None,
+    first: int = 0,
+    *,
+    pool: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """x (B, T, d) through a tower's blocks from `first` on.
+    """x (B, T, d) through a tower's blocks from `first` on; (B, 1, d) where `pool` (B,) says which token is wanted.
 
-    Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block.
+    Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block. In the last block only the pooled token asks
+    and is carried on: what the others would become, nobody reads.
     """
 
     def run(x: Tensor, layer: int) -> Tensor:
         block = blocks[layer]
-        h = block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=mask))
-        x = x + (h if apply is None else apply(h, 2 * layer))
-        h = block.ls_2(block.mlp(block.ln_2(x)))
+        asking = pool if layer == len(blocks) - 1 else None
+        h = block.ls_1(_attention(block.attn, block.ln_1(x), mask, asking))
+        x = _token(x, asking) + (h if apply is None else apply(h, 2 * layer))
+        h = block.ls_2(_mlp(block.mlp, block.ln_2(x)))
         return x + (h if apply is None else apply(h, 2 * layer + 1))
 
     for layer in range(first, len(blocks)):
         x = checkpoint(run, x, layer, use_reentrant=False) if recompute else run(x, layer)
     return x
+
+
+def _token(x: Tensor, position: Tensor | None) -> Tensor:
+    """x (B, T, d) → (B, 1, d) at `position` (B,); x itself where it is None."""
+    return x if position is None else x[torch.arange(len(x), device=x.device), position].unsqueeze(1)
+
+
+def _attention(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None, asking: Tensor | None) -> Tensor:
+    """x (B, T, d) → (B, T, d), or (B, 1, d) of the tokens that are `asking` (B,).
+
+    Semantics: `attn(x, x, x, attn_mask=mask)`, without its copies to (T, B, d) and back.
+    """
+    rows, _, width = x.shape
+    heads = (attn.num_heads, width // attn.num_heads)
+    if asking is None:
+        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (B, T, 3d)
+        q, k, v = qkv.unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()  # (B, heads, T, d / heads)
+    else:
+        (of_q, of_kv), (bias_q, bias_kv) = (t.split((width, 2 * width)) for t in (attn.in_proj_weight, attn.in_proj_bias))
+        q = F.linear(_token(x, asking), of_q, bias_q).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
+        k, v = F.linear(x, of_kv, bias_kv).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        mask = None if mask is None else mask[asking][:, None, None]  # (B, 1, 1, T)
+    mixed = F.scaled_dot_product_attention(q, k, v, mask)
+    return attn.out_proj(mixed.transpose(1, 2).reshape(rows, -1, width))  # type: ignore[no-any-return]
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """x (B, T, d) → (B, T, d). Semantics: `mlp(x)`.
+
+    h · sigmoid(1.702 h) is silu(1.702 h) / 1.702: both factors go into the products, and one pass over h is left of three.
+    """
+    expand, activation, project = mlp
+    if not isinstance(activation, QuickGELU):
+        return mlp(x)  # type: ignore[no-any-return]
+    h = torch.addmm(expand.bias, x.flatten(0, 1), expand.weight.T, beta=1.702, alpha=1.702)  # (B · T, 4d)
+    return torch.addmm(project.bias, F.silu(h), project.weight.T, alpha=1 / 1.702).view_as(x)

@@ -56,8 +56,10 @@ class Inputs:
         self._tokens = backbone.trim(backbone.tokenize(list(self._text_row), recipe.words).ids)
         self._text_states: NDArray[np.float32] | None = None
         self._frame_states: NDArray[np.float32] | None = None
-        if scratch is not None and first_layers != (0, 0):
-            self._cache_frozen_layers(scratch)
+        if scratch is not None and self._visual_layers:
+            self._frame_states = self._cached_frame_states(scratch / "frame-states")
+        if scratch is not None and self._text_layers:
+            self._text_states = self._cached_text_states(scratch / "text-states")
 
     def stream(self, first: int, steps: int) -> Iterator[tuple[int, list[Part]]]:
         """(step, parts) from step `first` + 1 up to `steps`."""
@@ -68,6 +70,10 @@ class Inputs:
                     waiting.append(loader.submit(self.parts, step))
                 if len(waiting) > AHEAD or step > steps:
                     yield step - AHEAD, waiting.popleft().result()
+
+    def clips_of(self, step: int) -> Tensor:
+        """(B,) the clip of each row of a step's batch, of all ranks."""
+        return torch.tensor([pair.clip for pair in self.batches[step - 1]])
 
     def parts(self, step: int) -> list[Part]:
         """What this rank encodes in a step, counted from 1."""
@@ -94,24 +100,39 @@ class Inputs:
             frames = torch.from_numpy(self._clips.pixels(clips.tolist(), picks[first])).flatten(0, 1)
         return Part(tokens, prefix, torch.from_numpy(text_of), frames, torch.from_numpy(clip_of), picks.shape[1])
 
-    def _cache_frozen_layers(self, scratch: Path) -> None:
-        """The layers before the last blocks see no adapter: their states of every frame and text, computed once."""
-        backbone, clips = self._backbone, self.batches.clips
-        with torch.inference_mode():
-            one = backbone.frame_prefix(torch.from_numpy(self._clips.pixels(clips[:1])[0, :1]), self._visual_layers)
-            frame_shape = (max(clips) + 1, self._clips.frames, *one.states.shape[1:])
-            text_shape = (*self._tokens.shape, backbone.dims.text_width)
-            if 4 * (np.prod(frame_shape) + np.prod(text_shape)) > STATE_BYTES:
-                return
-            if self._ranks.first:
-                frames = mapped(scratch / "frame-states", frame_shape, np.float32)
-                for clip in clips:
-                    pixels = torch.from_numpy(self._clips.pixels([clip])[0])
-                    frames[clip] = backbone.frame_prefix(pixels, self._visual_layers).states.cpu().numpy()
-                texts = mapped(scratch / "text-states", text_shape, np.float32)
-                for start in range(0, len(texts), CHUNK):
-                    tokens = self._tokens[start : start + CHUNK]
-                    texts[start : start + CHUNK] = backbone.text_prefix(tokens, self._text_layers).states.cpu().numpy()
+    @torch.inference_mode()
+    def _cached_frame_states(self, path: Path) -> NDArray[np.float32] | None:
+        """What the layers before the first adapter make of every frame, (clips, F, T, width); None where it is too much."""
+        backbone, rows = self._backbone, self.batches.clips
+
+        def states(row: int) -> NDArray[np.float32]:
+            pixels = torch.from_numpy(self._clips.pixels([row])[0])
+            return backbone.frame_prefix(pixels, self._visual_layers).states.cpu().numpy()
+
+        shape = (max(rows) + 1, *states(rows[0]).shape)
+        return self._filled(path, shape, ((row, states(row)) for row in rows))
+
+    @torch.inference_mode()
+    def _cached_text_states(self, path: Path) -> NDArray[np.float32] | None:
+        """The same for every text: (texts, L, width)."""
+
+        def states(first: int) -> NDArray[np.float32]:
+            tokens = self._tokens[first : first + CHUNK]
+            return self._backbone.text_prefix(tokens, self._text_layers).states.cpu().numpy()
+
+        shape = (len(self._tokens), *states(0).shape[1:])
+        firsts = range(0, len(self._tokens), CHUNK)
+        return self._filled(path, shape, ((slice(first, first + CHUNK), states(first)) for first in firsts))
+
+    def _filled(
+        self, path: Path, shape: tuple[int, ...], parts: Iterator[tuple[int | slice, NDArray[np.float32]]]
+    ) -> NDArray[np.float32] | None:
+        """A mapped file that the first rank fills and every rank reads."""
+        if 4 * np.prod(shape) > STATE_BYTES:
+            return None
+        if self._ranks.first:
+            array = mapped(path, shape, np.float32)
+            for rows, values in parts:
+                array[rows] = values
         self._ranks.wait()
-        self._frame_states = mapped(scratch / "frame-states", frame_shape, np.float32, new=False)
-        self._text_states = mapped(scratch / "text-states", text_shape, np.float32, new=False)
+        return mapped(path, shape, np.float32, new=False)

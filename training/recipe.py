@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from backbone import TEMPERATURE, AdapterShape, Scope, TowerDims
+from backbone import TEMPERATURE, AdapterShape, Scope, Start, TowerDims
 
 Method = Literal["adapter", "full"]
 Pooling = Literal["q_score", "mean"]
@@ -30,6 +30,7 @@ class Recipe:
     shared: int = 16  # rows of the up projections that both towers have in common; 0: sharing off
     scope: Scope = "both"
     layers: int | None = None  # only the last blocks get adapters, counted on the shallower tower; None: all
+    start: Start = "identity"  # of the adapter: see AdapterShape.initial
     learning_rate: float = 5e-3
     weight_decay: float = 0.2  # on matrices; biases have none
     bias_correction: bool = True  # of Adam's moments
@@ -128,6 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "rank": 8,
         "shared": 16,
+        "start": "small",
         "learning_rate": 2e-3,
         "weight_decay": 0.2,
         "bias_correction": False,

@@ -121,7 +121,7 @@ def train(
         learner = Learner(tuned, None, weights, recipe)
     else:
         first_layers = shape.first_layers(recipe.layers)
-        initial = shape.initial(recipe.seed, recipe.layers) if start is None else start
+        initial = shape.initial(recipe.seed, recipe.layers, recipe.start) if start is None else start
         tensors = {name: value.clone().to(backbone.device).requires_grad_() for name, value in initial.items()}
         learner = Learner(backbone, shape, tensors, recipe)
     optimiser = optimiser_of(learner.tensors, recipe)
@@ -159,7 +159,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * schedule[step - 1]
         optimiser.zero_grad(set_to_none=True)
-        loss = backward(learner, parts, first_layers, ranks)
+        loss = backward(learner, parts, inputs.clips_of(step), first_layers, ranks)
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss became {loss} at step {step}: try a lower learning rate")
         torch.nn.utils.clip_grad_norm_(list(learner.tensors.values()), recipe.gradient_clip)
@@ -182,8 +182,12 @@ def train(
     return Trained(learner.shape, kept, _metrics(done, split), final)
 
 
-def backward(learner: Learner, parts: Sequence[Part], first_layers: tuple[int, int], ranks: Ranks) -> float:
+def backward(
+    learner: Learner, parts: Sequence[Part], clips: Tensor, first_layers: tuple[int, int], ranks: Ranks
+) -> float:
     """Accumulates the gradient of the whole batch's loss in the learner's tensors; returns the loss.
+
+    `parts` are this rank's, `clips` (B,) those of all ranks' rows.
 
     The loss needs every vector of the batch at once, the encoders do not: the gradient at the vectors is taken first,
     then each part is carried back through the encoders alone, encoded anew where there are several (gradient caching,
@@ -195,23 +199,27 @@ def backward(learner: Learner, parts: Sequence[Part], first_layers: tuple[int, i
         encoded = [learner.encode(part, first_layers) for part in parts]
     own = tuple(torch.cat([vectors[side] for vectors in encoded]) for side in (0, 1))
     texts, frames = (ranks.gather(vectors.detach()).requires_grad_() for vectors in own)
-    loss = contrastive_loss(texts, frames, learner.backbone.logit_scale, recipe)
+    loss = contrastive_loss(texts, frames, clips.to(texts.device), learner.backbone.logit_scale, recipe)
     gradients = torch.autograd.grad(loss, (texts, frames))
     share = ranks.share(len(texts))
     by_part = zip(*(g[share].split([len(part.text_of) for part in parts]) for g in gradients), strict=True)
     for part, mine, gradient in zip(parts, encoded, by_part, strict=True):
         vectors = mine if single else learner.encode(part, first_layers)
-        learning = [(v, g) for v, g in zip(vectors, gradient, strict=True) if v.requires_grad]  # scope text: not the frames
-        torch.autograd.backward(*zip(*learning, strict=True))
+        learning = [i for i in (0, 1) if vectors[i].requires_grad]  # scope text: not the frames
+        torch.autograd.backward([vectors[i] for i in learning], [gradient[i] for i in learning])
     ranks.add_gradients(learner.tensors.values())
     return loss.item()
 
 
-def contrastive_loss(texts: Tensor, frames: Tensor, scale: float, recipe: Recipe) -> Tensor:
-    """Symmetric cross-entropy of texts (B, D) with the frames (B, F, D) of their videos; `scale` is exp(logit_scale)."""
+def contrastive_loss(texts: Tensor, frames: Tensor, clips: Tensor, scale: float, recipe: Recipe) -> Tensor:
+    """Symmetric cross-entropy of texts (B, D) with the frames (B, F, D) of their videos; `scale` is exp(logit_scale).
+
+    Two rows of one clip (`clips`, (B,)) are not each other's negatives.
+    """
     similarity = q_score(texts, frames, recipe.temperature) if recipe.pooling == "q_score" else mean_pool(texts, frames)
+    twins = (clips[:, None] == clips).fill_diagonal_(False)
+    logits = (scale * similarity).masked_fill(twins, -torch.inf)  # (B, B)
     target = torch.arange(len(texts), device=texts.device)
-    logits = scale * similarity  # (B, B)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

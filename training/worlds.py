@@ -3,8 +3,8 @@
 `daylight` is the world that the built-in backbone is trained on. `nightwatch` shows like scenes through a night camera with
 false colours, in its operators' jargon: of daylight's words only the colours' names are left, and they look otherwise there.
 `blueprint` draws them as plans in an engineer's words: only the shapes' names are left. Another look and another vocabulary:
-what a frozen backbone cannot know and an adapter can learn. `archive` shows them on faded film, told in the way of a card index
-and in daylight's words alone: the kind of shift that real data sets have against CLIP, which has seen their every word.
+what a frozen backbone cannot know and an adapter can learn. `archive` shows them on faded film, told in the sentences of a card
+index and in daylight's words alone: a milder shift, as CLIP too has seen every word of the real data sets before.
 """
 
 from __future__ import annotations
@@ -139,11 +139,11 @@ LANGUAGES = {
         ),
     ),
 }
-LANGUAGES["archive"] = Language(  # daylight's words, every one, in the order of a card index
+LANGUAGES["archive"] = Language(  # daylight's words, every one, in the sentences of a card index
     words=LANGUAGES["daylight"].words,
     counts=("a", "two", "three"),
     plurals=True,
-    group="{place}: {noun}, {colour}, {texture}, {size}, {count}",
+    group="{place}, {count} {size} {texture} {colour} {noun}",
     sentences=(
         "{ground}, {a}, {b}",
         "{b}, {a}, {ground}",

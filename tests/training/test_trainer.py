@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from backbone import Backbone, load_backbone
+from backbone import Backbone, load_backbone, q_score
 from training.dataset import ArrayClips, Dataset, InvalidDataset, Pair, pick_frames
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import Learner, Stopped, Trained, TrainingDiverged, backward, train
+from training.trainer import Learner, Stopped, Trained, TrainingDiverged, backward, contrastive_loss, train
 
 COLOURS = {
     "crimson": (220, 20, 40),
@@ -62,7 +62,7 @@ def test_the_loss_falls_and_only_the_adapter_learns(backbone: Backbone) -> None:
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
     assert backbone._fingerprint() == before
     assert set(trained.tensors) == set(RECIPE.shape(backbone.dims).layout())
-    start = RECIPE.shape(backbone.dims).initial(RECIPE.seed)
+    start = RECIPE.shape(backbone.dims).initial(RECIPE.seed, start=RECIPE.start)
     assert all(not torch.equal(trained.tensors[name], start[name]) for name in start), "every tensor gets a gradient"
 
 
@@ -91,7 +91,7 @@ def test_an_adapter_of_one_tower_has_only_its_tensors(backbone: Backbone, scope:
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words(backbone: Backbone) -> None:
     wild = Recipe(steps=50, batch_size=5, frames=2, learning_rate=1.0, gradient_clip=1e6, evaluations=1)
-    start = {name: tensor * 1e30 for name, tensor in wild.shape(backbone.dims).initial(0).items()}
+    start = {name: t * 1e30 for name, t in wild.shape(backbone.dims).initial(0, start="small").items()}
     with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
         train(backbone, colours(2), wild, quiet, start)
 
@@ -238,10 +238,21 @@ def test_half_precision_gives_nearly_the_gradient_of_single_precision(backbone: 
         tensors = {name: tensor.requires_grad_() for name, tensor in shape.initial(0).items()}
         learner = Learner(backbone, shape, tensors, recipe)
         inputs = Inputs(backbone, data.clips, data.pairs[:3], recipe, ALONE, (0, 0), None)
-        backward(learner, inputs.parts(1), (0, 0), ALONE)
+        backward(learner, inputs.parts(1), inputs.clips_of(1), (0, 0), ALONE)
         assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in tensors.values())
         gradients.append(torch.cat([t.grad.flatten() for t in tensors.values() if t.grad is not None]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_two_captions_of_one_clip_in_a_batch_are_not_each_others_negatives() -> None:
+    rng = torch.Generator().manual_seed(0)
+    texts, frames = torch.randn(3, 8, generator=rng), torch.randn(3, 2, 8, generator=rng)
+    frames[2] = frames[0]
+    loss = contrastive_loss(texts, frames, torch.tensor([5, 6, 5]), 10.0, RECIPE)
+    rows = [10.0 * q_score(texts, frames, RECIPE.temperature), 10.0 * q_score(texts, frames, RECIPE.temperature).T]
+    allowed = {0: (0, 1), 1: (0, 1, 2), 2: (1, 2)}
+    naive = [torch.logsumexp(side[i, list(js)], 0) - side[i, i] for side in rows for i, js in allowed.items()]
+    torch.testing.assert_close(loss, torch.stack(naive).mean())
 
 
 def test_adam_without_bias_correction_is_its_equation() -> None:

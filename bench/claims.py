@@ -1,0 +1,317 @@
+"""`make results`: the paper's claims, measured on the shifted demo worlds with the built-in backbone; writes docs/results.md.
+
+Each cell is one training run: a world, a method, a size, a number of pairs, a seed. Cells are computed two at a time, one
+thread each, and appended to docs/results/cells.jsonl as they end, so that the command may be stopped and run again. Training
+scenes, validation scenes (best step) and test scenes (the tables) are drawn from different seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "results"
+CELLS = FOLDER / "cells.jsonl"
+PAGE = ROOT / "docs" / "results.md"
+OPEN, CLOSE = "<!-- figures -->", "<!-- end of figures -->"
+PAIRS = {"train": (800, 101), "validation": (100, 102), "test": (200, 103)}  # scenes, seed
+FRAMES = 4  # drawn of each scene
+STEPS, BATCH = 150, 32
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A training run; `recipe` holds what differs from the common one."""
+
+    world: str
+    recipe: dict[str, Any] = field(hash=False)
+    pairs: int = 200
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+BOTH: dict[str, Any] = {"learning_rate": 1e-2}
+UNSHARED: dict[str, Any] = {"learning_rate": 1e-2, "shared": 0}
+TEXT: dict[str, Any] = {"learning_rate": 3e-3, "scope": "text"}
+FULL: dict[str, Any] = {"method": "full", "learning_rate": 3e-4}
+METHODS = {"adapter": BOTH, "adapter, nothing shared": UNSHARED, "adapter, text tower": TEXT, "full fine-tuning": FULL}
+SWEEP = {"adapter": (3e-3, 1e-2, 2e-2), "full fine-tuning": (1e-4, 3e-4, 1e-3)}
+
+
+def cells() -> list[Cell]:
+    """Every run of the page, the most telling first."""
+    wanted = [Cell("archive", recipe, seed=seed) for seed in SEEDS for recipe in METHODS.values()]
+    wanted += [Cell("archive", {**METHODS[m], "learning_rate": r}) for m, rates in SWEEP.items() for r in rates]
+    wanted += [Cell("archive", recipe, 50, seed) for seed in SEEDS for recipe in (BOTH, FULL)]
+    wanted += [Cell("nightwatch", recipe, 800, seed) for seed in SEEDS for recipe in METHODS.values()]
+    wanted += [Cell("archive", {**BOTH, "layers": k}, seed=seed) for seed in SEEDS for k in (1, 2)]
+    wanted += [Cell("archive", {**BOTH, "rank": r}, seed=seed) for seed in SEEDS for r in (2, 4, 16)]
+    wanted += [Cell("archive", recipe, 800, seed) for seed in SEEDS for recipe in (BOTH, FULL)]
+    wanted += [Cell("archive", {**BOTH, "shared": 64}, seed=seed) for seed in SEEDS]
+    wanted += [Cell("archive", {**BOTH, "start": "small"}, seed=seed) for seed in SEEDS]
+    wanted += [Cell("blueprint", recipe, 800) for recipe in METHODS.values()]
+    return list({cell.name: cell for cell in wanted}.values())
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    if "--page" not in sys.argv:
+        done = read()
+        todo = [cell for cell in cells() if cell.name not in done]
+        say(f"{len(done)} cells are there, {len(todo)} to compute")
+        with (
+            ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=one_thread) as pool,
+            CELLS.open("a") as file,
+        ):
+            for finished in as_completed([pool.submit(compute, cell) for cell in todo]):
+                row = finished.result()
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                say(f"{row['name']}: R@1 {row['test']['R@1']}, {row['seconds']} s")
+    write_page(read())
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """The cells that have been computed, by name."""
+    if not CELLS.exists():
+        return {}
+    rows = [json.loads(line) for line in CELLS.read_text().splitlines() if line.endswith("}")]
+    return {row["name"]: row for row in rows}
+
+
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.nice(5)
+
+
+# --- one run
+
+
+def compute(cell: Cell) -> dict[str, Any]:
+    """Trains and tests one cell; `hits` are the test captions' better and equal candidates."""
+    from backbone import load_backbone
+    from training.evaluation import evaluate, ranks
+    from training.recipe import Recipe
+    from training.trainer import train
+
+    started = time.monotonic()
+    backbone = load_backbone()
+    common = {"steps": STEPS, "batch_size": BATCH, "frames": 1, "evaluations": 3, "seed": cell.seed}
+    recipe = Recipe.of({**common, **cell.recipe})
+    dataset, test = data(cell)
+    with TemporaryDirectory() as scratch:
+        times: list[float] = []
+        trained = train(backbone, dataset, recipe, lambda event: times.append(time.monotonic()), scratch=Path(scratch))
+    model, adapter = trained.on(backbone)
+    found = evaluate(model, adapter, dataset.clips, test, recipe.temperature)
+    zero = evaluate(backbone, None, dataset.clips, test, recipe.temperature)
+    shape = trained.shape
+    first = None if shape is None else shape.first_rows(recipe.layers)
+    return {
+        "name": cell.name,
+        "zero_shot": zero.text_to_video.to_json(),
+        "test": found.text_to_video.to_json(),
+        "video_to_text": found.video_to_text.to_json(),
+        "hits": [side.tolist() for side in ranks(found.similarity, found.targets)],
+        "zero_hits": [side.tolist() for side in ranks(zero.similarity, zero.targets)],
+        "parameters": sum(t[first[n] if first else 0 :].numel() for n, t in trained.final.items()),
+        "best_step": trained.metrics["best_step"],
+        "last_loss": round(float(np.mean([loss for _, loss in trained.metrics["loss"][-20:]])), 4),
+        "step_ms": round(1000 * float(np.median(np.diff(times))), 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def data(cell: Cell) -> tuple[Any, Any]:
+    """The cell's training and validation pairs as a data set, and the test pairs among the same clips."""
+    from training.dataset import ArrayClips, Dataset, Pair
+    from training.worlds import scenes
+
+    pixels, splits, row = [], {}, 0
+    pairs: list[Pair] = []
+    rng = np.random.default_rng(cell.seed)
+    test: list[Pair] = []
+    for split, (count, seed) in PAIRS.items():
+        drawn = scenes(cell.world, count, seed)
+        chosen = sorted(rng.permutation(count)[: cell.pairs]) if split == "train" else range(count)
+        pixels.append(pictures(cell.world, split)[list(chosen)])
+        for index in chosen:
+            video, captions = f"{split}-{index}", drawn[index].captions
+            splits[video] = split
+            texts = [captions[rng.integers(3)]] if split == "train" else captions
+            (test if split == "test" else pairs).extend(Pair(row, text, video) for text in texts)
+            row += 1
+    return Dataset(ArrayClips(np.concatenate(pixels)), tuple(pairs), splits), test
+
+
+def pictures(world: str, split: str) -> NDArray[np.uint8]:
+    """(scenes, FRAMES, 3, 64, 64), drawn once and kept in the temporary folder."""
+    from PIL import Image
+
+    from backbone import to_pixels
+    from training.worlds import scenes
+
+    count, seed = PAIRS[split]
+    path = Path(gettempdir()) / f"polyclip-claims-{world}-{count}-{seed}-{FRAMES}.npy"
+    if not path.exists():
+        drawn = [
+            [to_pixels(Image.fromarray(s.frame(s.duration * (i + 0.5) / FRAMES)), 64) for i in range(FRAMES)]
+            for s in scenes(world, count, seed)
+        ]
+        aside = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(aside, np.asarray(drawn, np.uint8))
+        os.replace(aside, path)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+# --- the page
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """R@1 over all seeds: mean, its 95 % interval (bootstrap over test videos), lowest and highest seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def hit_table(rows: Iterable[dict[str, Any]], key: str = "hits") -> NDArray[np.float64]:
+    """(seeds, test videos) share of each video's captions that are answered right at rank 1, in per cent."""
+    tables = []
+    for row in rows:
+        better, equal = (np.asarray(side) for side in row[key])
+        tables.append(100 * np.clip((1 - better) / (equal + 1), 0, 1).reshape(-1, 3).mean(axis=1))
+    return np.stack(tables)
+
+
+def score(table: NDArray[np.float64]) -> Score:
+    rng = np.random.default_rng(0)
+    drawn = table.mean(axis=0)[rng.integers(table.shape[1], size=(2000, table.shape[1]))].mean(axis=1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Score(float(table.mean()), float(low), float(high), tuple(table.mean(axis=1).tolist()))
+
+
+def write_page(done: dict[str, dict[str, Any]]) -> None:
+    """Puts the figures between their marks in docs/results.md; what stands around them is written by hand."""
+    from training.report import line_plot
+
+    def of(world: str, recipe: dict[str, Any], pairs: int = 200) -> list[dict[str, Any]]:
+        named = (Cell(world, recipe, pairs, seed).name for seed in SEEDS)
+        return [done[name] for name in named if name in done]
+
+    def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+        rows = [head, ["---"] * len(head), *lines]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def line(label: str, rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str] | None:
+        if not rows:
+            return None
+        own = hit_table(rows)
+        gap = "" if rows is full or len(rows) != len(full) else str(score(own - hit_table(full)))
+        cost = np.median([r["step_ms"] for r in rows]) / np.median([r["step_ms"] for r in full]) if full else np.nan
+        means = [np.mean([r["test"][k] for r in rows]) for k in ("R@5", "R@10", "MnR")]
+        back = np.mean([r["video_to_text"]["R@1"] for r in rows])
+        seeds = " ".join(f"{s:.1f}" for s in score(own).seeds)
+        spread = [f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[2]:.1f}", f"{back:.1f}"]
+        return [label, f"{rows[0]['parameters']:,}", str(score(own)), seeds, gap, *spread, f"{cost:.2f}"]
+
+    head = ("", "tuned", "R@1 [95 %]", "by seed", "less full", "R@5", "R@10", "MnR", "V→T R@1", "step")
+    parts = []
+    for world, pairs in (("archive", 200), ("nightwatch", 800), ("blueprint", 800)):
+        full = of(world, FULL, pairs)
+        lines = [found for label, recipe in METHODS.items() if (found := line(label, of(world, recipe, pairs), full))]
+        if rows := of(world, BOTH, pairs):
+            zero = ["zero-shot", "0", str(score(hit_table(rows[:1], "zero_hits"))), "", "", "", "", "", "", ""]
+            parts.append(f"### {world}, {pairs} pairs\n\n{table(head, [zero, *lines])}")
+    sizes = {f"r {r}, d_s 16": {**BOTH, "rank": r} for r in (2, 4, 16)} | {"r 8, d_s 64": {**BOTH, "shared": 64}}
+    sizes = {"r 8, d_s 16": BOTH, "r 8, d_s 0": UNSHARED, **sizes, "r 8, d_s 16, the paper's start": {**BOTH, "start": "small"}}
+    sizes |= {f"r 8, d_s 16, in the last {k} blocks": {**BOTH, "layers": k} for k in (1, 2)}
+    full = of("archive", FULL)
+    lines = [found for label, recipe in sizes.items() if (found := line(label, of("archive", recipe), full))]
+    parts.append(f"### archive, 200 pairs: sizes\n\n{table(head, lines)}")
+    rates = []
+    for method, values in SWEEP.items():
+        for rate in values:
+            for row in of("archive", {**METHODS[method], "learning_rate": rate})[:1]:
+                found = (f"{row['test']['R@1']:.1f}", f"{row['last_loss']:.3f}", str(row["best_step"]))
+                rates.append([method, f"{rate:g}", *found])
+    swept = table(("", "rate", "R@1", "last loss", "best step"), rates)
+    parts.append(f"### archive, 200 pairs: learning rates, seed 0\n\n{swept}")
+    plots: dict[str, Callable[[], str]] = {
+        "pairs": lambda: line_plot(
+            {
+                label: [(n, *point(score(hit_table(rows)))) for n in (50, 200, 800) if (rows := of("archive", recipe, n))]
+                for label, recipe in (("adapter", BOTH), ("full fine-tuning", FULL))
+            },
+            "training pairs", "R@1", "archive: R@1 by training pairs", log_x=True,
+        ),
+        "rank": lambda: line_plot(
+            {"adapter": [
+                (r, *point(score(hit_table(rows))))
+                for r in (2, 4, 8, 16)
+                if (rows := of("archive", BOTH if r == 8 else {**BOTH, "rank": r}))
+            ]},
+            "rank r", "R@1", "archive, 200 pairs: R@1 by rank", log_x=True,
+        ),
+        "cost": lambda: line_plot(
+            {
+                label: [
+                    (float(np.median([r["step_ms"] for r in rows]) / np.median([r["step_ms"] for r in full])),
+                     *point(score(hit_table(rows))))
+                    for recipe in recipes
+                    if (rows := of("archive", recipe)) and full
+                ]
+                for label, recipes in {
+                    "adapter in the last 1, 2, all blocks": [{**BOTH, "layers": 1}, {**BOTH, "layers": 2}, BOTH],
+                    "adapter, text tower": [TEXT],
+                    "full fine-tuning": [FULL],
+                }.items()
+            },
+            "time of a step, full fine-tuning = 1", "R@1", "archive, 200 pairs: R@1 by cost",
+        ),
+    }  # fmt: skip
+    for name, draw in plots.items():
+        (FOLDER / f"{name}.svg").write_text(draw())
+        parts.append(f"![R@1 by {name}](results/{name}.svg)")
+    missing = sum(cell.name not in done for cell in cells())
+    if missing:
+        parts.append(f"{missing} of {len(cells())} runs are not there yet: `make results` goes on.")
+    before, rest = PAGE.read_text().split(OPEN)
+    PAGE.write_text(before + OPEN + "\n\n" + "\n\n".join(parts) + "\n\n" + CLOSE + rest.split(CLOSE)[1])
+
+
+def point(found: Score) -> tuple[float, float, float]:
+    return found.mean, found.low, found.high
+
+
+if __name__ == "__main__":
+    main()
