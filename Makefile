@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= cpu,postgres,test
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 
-.PHONY: install demo demo-check test check bench clean
+.PHONY: install demo demo-check test check bench results clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ check: install
 
 bench: install
 	@$(BIN)/python -m bench
+
+results: install
+	@$(BIN)/python -m bench.claims
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage build *.egg-info

@@ -5,16 +5,20 @@ from backbone.images import to_pixels
 from backbone.load import BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
 from backbone.similarity import TEMPERATURE, mean_pool, q_score
+from backbone.stack import AdapterStack, FlatAdapter, Slots
 
 __all__ = [
     "TEMPERATURE",
     "Adapter",
     "AdapterShape",
+    "AdapterStack",
     "Adapters",
     "Backbone",
     "BackboneNotFound",
+    "FlatAdapter",
     "Prefix",
     "Scope",
+    "Slots",
     "Start",
     "Tokens",
     "TowerDims",

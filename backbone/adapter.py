@@ -13,7 +13,7 @@ has its whole W_up. Nothing here is a module: adapters are arguments of `Backbon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -231,39 +231,3 @@ class Adapter:
             visual=None if self.visual is None else self.visual.to(device),
             text=None if self.text is None else self.text.to(device),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class MixedTowerAdapters:
-    """A batch in which every row has its own adapter, gathered row by row."""
-
-    down_weight: Tensor  # (P, B, d, r)
-    down_bias: Tensor  # (P, B, 1, r)
-    up_weight: Tensor  # (P, B, r, d)
-    up_bias: Tensor  # (P, B, 1, d)
-
-    @classmethod
-    def gather(cls, distinct: Sequence[TowerAdapter | None], rows: Tensor, width: int, places: int) -> MixedTowerAdapters:
-        """Stacks the distinct adapters, padding lower ranks and missing towers with zeros, and picks one for each row.
-
-        `rows` (B,) int64 holds, for each row of the batch, its adapter's position in `distinct`.
-        """
-        rank = max(a.down_weight.shape[1] for a in distinct if a is not None)
-        like = next(a.down_weight for a in distinct if a is not None)
-        down_weight = like.new_zeros(len(distinct), places, width, rank)
-        down_bias = like.new_zeros(len(distinct), places, 1, rank)
-        up_weight = like.new_zeros(len(distinct), places, rank, width)
-        up_bias = like.new_zeros(len(distinct), places, 1, width)
-        for slot, adapter in enumerate(distinct):
-            if adapter is not None:
-                r = adapter.down_weight.shape[1]
-                down_weight[slot, :, :, :r] = adapter.down_weight.transpose(1, 2)
-                down_bias[slot, :, 0, :r] = adapter.down_bias
-                up_weight[slot, :, :r] = adapter.up_weight.transpose(1, 2)
-                up_bias[slot, :, 0] = adapter.up_bias
-        return cls(*(stack[rows].transpose(0, 1) for stack in (down_weight, down_bias, up_weight, up_bias)))
-
-    def __call__(self, h: Tensor, place: int) -> Tensor:
-        """h (B, T, d) → (B, T, d). Semantics: row b is `TowerAdapter.__call__` with row b's own adapter."""
-        bottleneck = quick_gelu(torch.baddbmm(self.down_bias[place], h, self.down_weight[place]))  # (B, T, r)
-        return h + torch.baddbmm(self.up_bias[place], bottleneck, self.up_weight[place])

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone.adapter import Adapter, MixedTowerAdapters, TowerAdapter, TowerDims
+from backbone.adapter import Adapter, TowerAdapter, TowerDims
+from backbone.stack import Slots, stacked
 
-Adapters = Adapter | Sequence[Adapter | None] | None
-"""None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone."""
+Adapters = Adapter | Sequence[Adapter | None] | Slots | None
+"""None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
+Slots: one for each row, from a stack on the device, for inference."""
 
 
 class UnsupportedBackbone(ValueError):
@@ -119,7 +121,7 @@ class Backbone:
         """tokens (B, L) int64 → (B, embed_dim) float32, unnormalised.
 
         `prefix`, from `text_prefix` of the same tokens, stands for the first layers. `recompute` keeps no activations
-        inside the blocks for the backward pass. Raises ValueError if a sequence of adapters has not B entries.
+        inside the blocks for the backward pass. Raises ValueError if a sequence of adapters, or slots, has not B entries.
         """
         text = self._text
         tokens = self.trim(tokens.to(self.device))
@@ -141,7 +143,7 @@ class Backbone:
 
         uint8 pixels are normalised with the backbone's mean and standard deviation; floats are taken as normalised.
         `recompute` keeps no activations inside the blocks for the backward pass.
-        Raises ValueError for pixels of another shape or a sequence of adapters that has not N entries.
+        Raises ValueError for pixels of another shape, or a sequence of adapters, or slots, that has not N entries.
         """
         x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
         apply = self._tower("visual", adapters, len(x))
@@ -204,6 +206,13 @@ class Backbone:
             return None
         if isinstance(adapters, Adapter):
             return getattr(adapters, tower)  # type: ignore[no-any-return]
+        if isinstance(adapters, Slots):
+            stack = adapters.stack
+            if len(adapters.index) != rows:
+                raise ValueError(f"{len(adapters.index)} slots for a batch of {rows} rows")
+            if stack.dims != self.dims or stack.device.type != self.device.type:
+                raise ValueError(f"a stack for {stack.dims} on {stack.device}; the backbone is {self.dims} on {self.device}")
+            return stack.rows(tower, adapters.index)
         if len(adapters) != rows:
             raise ValueError(f"{len(adapters)} adapters for a batch of {rows} rows")
         position: dict[int, int] = {}
@@ -217,12 +226,7 @@ class Backbone:
             index.append(position[id(own)])
         if len(distinct) == 1:
             return distinct[0]
-        width, layers = (
-            (self.dims.visual_width, self.dims.visual_layers)
-            if tower == "visual"
-            else (self.dims.text_width, self.dims.text_layers)
-        )
-        return MixedTowerAdapters.gather(distinct, torch.tensor(index, device=self.device), width, 2 * layers)
+        return stacked(distinct, torch.tensor(index, device=self.device))
 
     def _text_token(self, tokens: Tensor) -> Tensor | None:
         """(B,) the token that stands for each text; None where the tower pools otherwise."""

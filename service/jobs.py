@@ -140,7 +140,7 @@ def _activate(runtime: Runtime, task: Task) -> dict[str, Any]:
 def _evaluate(runtime: Runtime, task: Task) -> dict[str, Any]:
     with runtime.database.read() as connection:
         name = catalog.collection_name(connection, task.tenant_id, str(task.collection_id))
-    return learning.evaluate(runtime, task.tenant_id, name, task.request["split"])
+    return learning.evaluate(runtime, task.tenant_id, name, task.request["split"]).found.to_json(intervals=True)
 
 
 def _purge(runtime: Runtime, task: Task) -> dict[str, Any]:

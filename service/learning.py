@@ -8,22 +8,27 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 
 import adapters_store
 from backbone import TEMPERATURE
 from indexer.index import rescore
 from service import catalog, generations
-from service.blobs import adapter_key, frames_key
+from service.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
 from service.catalog import AdapterVersion, Task
 from service.runtime import Runtime
-from training.evaluation import recall
+from training.dataset import Pair
+from training.evaluation import Evaluation
 from training.recipe import Recipe
+
+log = structlog.get_logger()
 
 MINIMUM_VIDEOS = 10
 TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
@@ -55,14 +60,14 @@ def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
 def train_adapter(runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None]) -> dict[str, Any]:
     """Trains, publishes and, as `activate` asks, activates an adapter; returns the task's result.
 
-    May be run again after a crash: a version that has been trained is not trained again. `progress` may raise Cancelled.
+    May be run again after a crash: training goes on from its last checkpoint, unless videos or captions have changed, and a
+    version that has been trained is not trained again. `progress` may raise Cancelled.
     """
     collection_id = str(task.collection_id)
     out = runtime.settings.scratch / f"train-{task.id}"
     try:
         if not (out / "manifest.json").exists():
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir(parents=True)
+            out.mkdir(parents=True, exist_ok=True)
             _train(runtime, tenant, collection_id, task.request["recipe"], out, progress)
         version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
     finally:
@@ -112,7 +117,16 @@ def publish(
         return catalog.add_adapter(connection, tenant, collection_id, manifest.to_json())
 
 
-def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What the searches of a collection find of its own captions; `pairs` are the queries, `thumbnail` by `Pair.clip`."""
+
+    found: Evaluation
+    pairs: Sequence[Pair]
+    thumbnail: Callable[[int], bytes | None]
+
+
+def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) -> Assessment:
     """Recall of the collection's captions over its stored vectors, with the adapter in use: what its searches see.
 
     `split`: `validation`, the videos that the adapter in use was not trained on, or `all`. Raises TooFewCaptions.
@@ -138,12 +152,16 @@ def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) ->
     owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
     scores = np.stack([rescore(query, frames, TEMPERATURE) for query in queries])  # (captions, segments)
     similarity = np.stack([scores[:, owners == i].max(axis=1) for i in range(len(gallery))], axis=1)  # best segment counts
-    targets = [column for column, _ in texts]
-    best = np.stack([similarity[np.asarray(targets) == i].max(axis=0) for i in range(len(gallery))], axis=1)
-    return {
-        "text_to_video": recall(similarity, targets).to_json(),
-        "video_to_text": recall(best, range(len(gallery))).to_json(),
-    }
+    pairs = [Pair(column, text, gallery[column]) for column, text in texts]
+    found = Evaluation.of(similarity, [pair.clip for pair in pairs], [pair.video for pair in pairs])
+    return Assessment(found, pairs, lambda clip: _thumbnail(runtime, collection.id, gallery[clip]))
+
+
+def _thumbnail(runtime: Runtime, collection_id: str, video_id: str) -> bytes | None:
+    try:
+        return runtime.blobs.get(thumbnail_key(collection_id, video_id, 0))
+    except BlobMissing:
+        return None
 
 
 def _train(
@@ -174,6 +192,8 @@ def _train(
             event = json.loads(line)
             if event["event"] == "error":
                 raise TrainingFailed(event["code"], event["detail"])
+            if event["event"] == "resumed":
+                log.info("training_resumed", collection=collection_id, step=event["step"])
             if event["event"] == "validation":
                 note = f"validation R@1 {event['text_to_video']['R@1']:g}"
             if event["event"] in ("step", "validation"):

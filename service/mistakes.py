@@ -12,6 +12,7 @@ def explain(error: Exception) -> str | None:
 
     from adapters_store import AdapterMismatch, InvalidAdapter
     from backbone import BackboneNotFound, UnsupportedBackbone
+    from indexer.frames import DamagedFrames
     from service.blobs import BlobMissing
     from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
     from service.demo import DemoFailed
@@ -20,6 +21,8 @@ def explain(error: Exception) -> str | None:
     from service.offline import InvalidCaptions
     from service.runtime import OtherBackbone
     from service.search import EmptyText
+    from training.dataset import InvalidDataset
+    from training.published import InvalidCorpus
     from training.recipe import InvalidRecipe
 
     if isinstance(error, ValidationError):
@@ -33,6 +36,6 @@ def explain(error: Exception) -> str | None:
     ours = (
         AdapterMismatch, InvalidAdapter, BackboneNotFound, UnsupportedBackbone, BlobMissing, AlreadyExists, InvalidName,
         NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, InvalidFrames, OtherBackbone,
-        EmptyText, InvalidRecipe,
+        EmptyText, InvalidRecipe, InvalidDataset, InvalidCorpus, DamagedFrames,
     )  # fmt: skip
     return " ".join(str(error).split()) if isinstance(error, ours) else None

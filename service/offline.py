@@ -26,10 +26,8 @@ from service.runtime import Runtime
 from service.search import Found, Searcher
 from service.settings import Settings
 from service.uploads import InvalidUpload
-
-SUFFIXES = frozenset(
-    """.3gp .asf .avi .divx .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogg .ogv .ts .vob .webm .wmv""".split()  # noqa: SIM905
-)
+from training.corpora import VIDEO_SUFFIXES
+from training.source import Source
 
 
 class InvalidCaptions(ValueError):
@@ -147,10 +145,51 @@ def train_collection(
         return result
 
 
-def evaluate_collection(settings: Settings, tenant_name: str, collection_name: str, split: str) -> dict[str, Any]:
+def evaluate_collection(
+    settings: Settings, tenant_name: str, collection_name: str, split: str, report: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Metrics of the collection's own captions by what encodes them; `report`: an HTML file, and JSON beside it."""
     with opened(settings) as runtime:
         tenant, collection = _existing(runtime, tenant_name, collection_name)
-        return learning.evaluate(runtime, tenant.id, collection.name, split)
+        with runtime.database.read() as connection:
+            digest = catalog.generation(connection, tenant.id, collection.active_generation_id).digest
+        system = f"adapter {digest[:12]}" if digest else "frozen backbone"
+        assessed = learning.evaluate(runtime, tenant.id, collection.name, split)
+        if report is not None:
+            from training.report import write_json, write_report
+
+            facts = {"backbone": runtime.backbone.name, "collection": f"{tenant.name}/{collection.name}", "split": split}
+            told: dict[str, Any] = {"title": "Evaluation", "facts": facts, "results": {system: assessed.found}}
+            write_report(report, pairs=assessed.pairs, thumbnails=assessed.thumbnail, **told)
+            write_json(report.with_suffix(".json"), **told)
+    return {system: assessed.found.to_json(intervals=True)}
+
+
+def evaluate_data_set(
+    source: Source,
+    split: str,
+    backbone: str,
+    pretrained: str | None,
+    adapter: Path | None,
+    query_bank: bool,
+    report: Path | None,
+    console: Console | None,
+) -> dict[str, dict[str, Any]]:
+    """`training.assess.assess`, with a progress bar while videos are decoded."""
+    import torch
+
+    from training.assess import assess
+
+    columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    drawn = console is not None and console.is_terminal
+    with Progress(*columns, console=console, disable=not drawn, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+        def tell(event: dict[str, Any]) -> None:
+            progress.update(bar, completed=event["step"], total=event["steps"])
+
+        return assess(source, split, backbone, pretrained, adapter, device, query_bank, report, tell)
 
 
 def adapter_versions(
@@ -218,7 +257,7 @@ def _videos_under(path: Path) -> list[Path]:
         raise FileNotFoundError(2, "there is no such file or folder", str(path))
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_SUFFIXES)
 
 
 def _existing(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:

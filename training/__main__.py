@@ -1,7 +1,7 @@
 """`python -m training`: trains an adapter from captioned videos and writes it to a folder.
 
-The videos come from a published data set on disk (`--data msrvtt --root DIR`), from a JSONL of files and captions
-(`--data jsonl`), or from cached frames (`--dataset FILE`, as the service hands them over). The same command goes on
+The videos come from a published data set on disk (`--data-set msrvtt --root DIR`), from a JSONL of files and captions
+(`--data-set jsonl`), or from cached frames (`--dataset FILE`, as the service hands them over). The same command goes on
 where a run in the same folder stopped. In a terminal it draws a progress bar; otherwise, or with `--json`, it prints one
 JSON object a line on standard output, the last of them `{"event": "done", …}` or `{"event": "error", …}`.
 Several GPUs: `torchrun --nproc-per-node N -m training …`.
@@ -18,55 +18,37 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training.display import Bar, JsonLines, errors, print_json
 
 if TYPE_CHECKING:
     from backbone import Backbone
-    from training.corpora import Corpus
     from training.dataset import Dataset
     from training.recipe import Recipe
+    from training.source import Source
     from training.trainer import Trained
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-errors = Console(stderr=True, highlight=False)
+
+
+LOCK_SECONDS = 10.0  # a run whose parent was killed needs a step to notice
 
 
 class InUse(RuntimeError):
     """Another process trains into the same folder."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the captioned videos are: a published data set below `root`, or a JSONL of cached frames."""
-
-    dataset: Path | None
-    data: str | None
-    root: Path | None
-    variant: str | None
-    cache: Path | None
-    allow_missing: bool
-
-    def corpus(self) -> Corpus | None:
-        """The published data set, read and checked. Raises InvalidCorpus."""
-        from training.corpora import load_corpus
-
-        if self.data is None or self.root is None:
-            return None
-        return load_corpus(self.data, self.root, variant=self.variant, allow_missing=self.allow_missing)
-
-
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="folder for the adapter, its manifest and, on the way, the checkpoint")],
     dataset: Annotated[Path | None, typer.Option(help="JSONL of cached frames: {video, frames, captions} a line")] = None,
-    data: Annotated[str | None, typer.Option(help="msrvtt, msvd, vatex, didemo, activitynet or jsonl")] = None,
+    data: Annotated[str | None, typer.Option("--data-set", help="msrvtt, msvd, vatex, didemo, activitynet or jsonl")] = None,
     root: Annotated[Path | None, typer.Option(help="folder (jsonl: file) of that data set; docs/datasets.md")] = None,
     variant: Annotated[str | None, typer.Option(help="of the data set, such as 7k of msrvtt")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder of decoded frames; default: ROOT/frames")] = None,
@@ -83,11 +65,13 @@ def main(
     json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of a progress bar")] = False,
 ) -> None:
     """Train a Cross-Modal Adapter; prints validation recall as it goes."""
+    from training.source import Source
+
     if (dataset is None) == (data is None) or (data is not None and root is None):
-        raise typer.BadParameter("give either --dataset FILE, or --data NAME with --root DIR")
+        raise typer.BadParameter("give either --dataset FILE, or --data-set NAME with --root DIR")
     source = Source(dataset, data, root, variant, cache, allow_missing)
     json_lines = json_lines or not sys.stdout.isatty()
-    show = _JsonLines() if json_lines else _Bar()
+    show = JsonLines() if json_lines else Bar()
     try:
         with show:
             fields = {**({"preset": preset} if preset else {}), **_object(recipe)}
@@ -96,14 +80,14 @@ def main(
         code = _code(error)
         detail = " ".join(str(error).split()) or type(error).__name__
         if json_lines:
-            _print_json({"event": "error", "code": code, "detail": detail})
+            print_json({"event": "error", "code": code, "detail": detail})
         else:
             errors.print(f"error: {detail}", style="red", markup=False, soft_wrap=True)
         if code == "internal":
             errors.print_exception()
         raise typer.Exit(1) from None
     if json_lines:
-        _print_json({"event": "done", **done})
+        print_json({"event": "done", **done})
     else:
         tested = f", test R@1 {done['test']}" if done["test"] is not None else ""
         Console().print(f"R@1 {done['before']} → {done['after']}{tested}; {done['digest'][:12]} in {out}", markup=False)
@@ -149,10 +133,10 @@ def run(
     start = before.tensors if before is not None and before.shape == shape else None
     with _alone(out, ranks.first) as scratch, _stop_signals() as stop, _logged(report, tensorboard, ranks.first) as tell:
         if ranks.first:
-            loaded = _load(source, corpus, scratch, backbone, tell)
+            loaded = source.load(corpus, scratch, backbone.image_size, tell)
         ranks.wait()
         if not ranks.first:
-            loaded = _load(source, corpus, scratch, backbone, tell, decode=False)
+            loaded = source.load(corpus, scratch, backbone.image_size, tell, decode=False)
         trained = train(backbone, loaded, recipe, tell, start, folder=out, scratch=scratch, ranks=ranks, stop=stop)
         done: dict[str, Any] = {}
         if ranks.first:
@@ -172,30 +156,6 @@ def run(
         ranks.wait()
     ranks.leave()
     return done
-
-
-def _load(
-    source: Source, corpus: Corpus | None, scratch: Path, backbone: Backbone, tell: Any, decode: bool = True
-) -> Dataset:
-    """The captioned videos with their pixels; a published data set's videos are decoded once, into its cache."""
-    from training.corpora import cache_frames
-    from training.dataset import CACHED_FRAMES, load_dataset
-
-    if corpus is None:
-        assert source.dataset is not None
-        return load_dataset(source.dataset, scratch, backbone.image_size, CACHED_FRAMES, decode)
-    assert source.root is not None
-    listing = scratch / "dataset.jsonl"
-    if decode:
-        written = cache_frames(
-            corpus,
-            source.cache or (source.root if source.root.is_dir() else source.root.parent) / "frames",
-            workers=os.cpu_count() or 1,
-            allow_missing=source.allow_missing,
-            progress=lambda done, total: tell({"event": "decoding", "step": done, "steps": total}),
-        )
-        shutil.copyfile(written, listing)
-    return load_dataset(listing, scratch, backbone.image_size, corpus.frames, decode)
 
 
 def _test(backbone: Backbone, dataset: Dataset, recipe: Recipe, trained: Trained) -> dict[str, Any]:
@@ -272,10 +232,15 @@ def _alone(out: Path, first: bool) -> Iterator[Path]:
         return
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"another run trains into {out}") from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InUse(f"another run trains into {out}") from None
+                time.sleep(0.2)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
@@ -365,59 +330,6 @@ def _code(error: Exception) -> str:
         OSError: "io_error",
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), "internal")
-
-
-def _print_json(event: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
-
-
-class _JsonLines:
-    """Every validation, and at most four steps a second. Ends the process when its parent has died."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._parent = os.getppid()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def report(self, event: dict[str, Any]) -> None:
-        if os.getppid() != self._parent:
-            raise SystemExit(1)
-        now = time.monotonic()
-        often = event["event"] in ("step", "decoding")
-        if not often or now - self._last > 0.25 or event["step"] == event["steps"]:
-            self._last = now
-            _print_json(event)
-
-
-class _Bar:
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=errors)
-        self._task = self._progress.add_task("training", total=None, note="")
-        self._note = ""
-
-    def __enter__(self) -> None:
-        self._progress.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def report(self, event: dict[str, Any]) -> None:
-        if event["event"] == "validation":
-            recall = event["text_to_video"]
-            self._note = f"R@1 {recall['R@1']}"
-            self._progress.console.print(f"step {event['step']}: R@1 {recall['R@1']}, R@5 {recall['R@5']}")
-        if event["event"] == "resumed":
-            self._progress.console.print(f"going on after step {event['step']}")
-        loss = f"loss {event['loss']:.3f} · " if event["event"] == "step" else ""
-        what = "decoding" if event["event"] == "decoding" else "training"
-        self._progress.update(
-            self._task, description=what, completed=event["step"], total=event["steps"], note=loss + self._note
-        )
 
 
 if __name__ == "__main__":

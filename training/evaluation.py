@@ -65,7 +65,8 @@ class Evaluation:
 
     `similarity` (Q, V) float32: captions by gallery; `targets` the column of each caption; `groups` the video of each
     caption, what the bootstrap resamples. `video_similarity` (W, W) float32: the W clips that have captions, as queries, by
-    the best caption of each. `bank_queries`: 0, or the size of the bank that normalised `similarity`.
+    the best caption of each. `bank` (B, V): the scores of other texts. `bank_queries`: 0, or the size of the bank that
+    normalised `similarity`.
     """
 
     text_to_video: Recall
@@ -74,6 +75,7 @@ class Evaluation:
     targets: tuple[int, ...]
     groups: tuple[Hashable, ...]
     video_similarity: NDArray[np.float32]
+    bank: NDArray[np.float32] | None = None
     bank_queries: int = 0
 
     @classmethod
@@ -98,11 +100,16 @@ class Evaluation:
             np.ascontiguousarray(best),
         )
 
-    def with_query_bank(self, bank: NDArray[np.float32], beta: float = 20.0, k: int = 1) -> Evaluation:
-        """The same captions with their scores normalised by a bank of other captions: bank (B, V), see `qb_norm`.
+    def with_query_bank(
+        self, bank: NDArray[np.float32] | None = None, beta: float = 20.0, k: int = 1
+    ) -> Evaluation:
+        """The same captions with their scores normalised by a bank of other captions: bank (B, V) or its own, see `qb_norm`.
 
         Video → text stays as it is: its hubs are captions, of which a bank of captions knows nothing.
         """
+        bank = self.bank if bank is None else bank
+        if bank is None:
+            raise ValueError("there is no query bank")
         similarity = qb_norm(self.similarity, bank, beta, k)
         return replace(
             self, similarity=similarity, text_to_video=recall(similarity, self.targets), bank_queries=len(bank)
@@ -246,11 +253,13 @@ def evaluate(
     *,
     words: int | None = None,
     pooling: Pooling = "q_score",
+    bank: Sequence[str] = (),
 ) -> Evaluation:
     """Retrieval of `pairs` among their own clips, whose rows in ascending order are the gallery's columns.
 
     Every caption is a query; a clip's best caption counts. Intervals resample by `Pair.video`. `words`: tokens that a text is
-    cut to, start and end included. Pixels are read batch by batch. Raises ValueError without pairs.
+    cut to, start and end included. `bank`: other texts, scored with the same gallery. Pixels are read batch by batch. Raises
+    ValueError without pairs.
     """
     if not pairs:
         raise ValueError("there is no caption to evaluate with")
@@ -258,15 +267,25 @@ def evaluate(
     column = {clip: i for i, clip in enumerate(gallery)}
     with torch.inference_mode():
         frames = encode_clips(backbone, adapter, clips, gallery)  # (V, F, D)
-        texts = encode_texts(backbone, adapter, [pair.text for pair in pairs], words)  # (Q, D)
-        similarity = np.empty((len(pairs), len(gallery)), np.float32)
-        rows, columns = SCORE_TEXTS, max(1, SCORE_FRAMES // frames.shape[1])
-        for i in range(0, len(pairs), rows):
-            for j in range(0, len(gallery), columns):
-                text, video = texts[i : i + rows], frames[j : j + columns]
-                scores = mean_pool(text, video) if pooling == "mean" else q_score(text, video, temperature)
-                similarity[i : i + rows, j : j + columns] = scores.cpu().numpy()
-    return Evaluation.of(similarity, [column[pair.clip] for pair in pairs], [pair.video for pair in pairs])
+        queries, others = (
+            _similarities(encode_texts(backbone, adapter, texts, words), frames, temperature, pooling) if texts else None
+            for texts in ([pair.text for pair in pairs], list(bank))
+        )
+    assert queries is not None
+    found = Evaluation.of(queries, [column[pair.clip] for pair in pairs], [pair.video for pair in pairs])
+    return replace(found, bank=others)
+
+
+def _similarities(texts: Tensor, frames: Tensor, temperature: float, pooling: Pooling) -> NDArray[np.float32]:
+    """texts (Q, D), frames (V, F, D) → (Q, V), block by block: q_score takes rows · columns · F floats."""
+    similarity = np.empty((len(texts), len(frames)), np.float32)
+    rows, columns = 1024, max(1, 16_384 // frames.shape[1])
+    for i in range(0, len(texts), rows):
+        for j in range(0, len(frames), columns):
+            text, video = texts[i : i + rows], frames[j : j + columns]
+            scores = mean_pool(text, video) if pooling == "mean" else q_score(text, video, temperature)
+            similarity[i : i + rows, j : j + columns] = scores.cpu().numpy()
+    return similarity
 
 
 def encode_clips(backbone: Backbone, adapter: Adapter | None, clips: Clips, rows: Sequence[int]) -> Tensor:

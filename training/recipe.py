@@ -138,6 +138,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "minimum_steps": 1,
         "warmup": 0.1,
         "gradient_clip": 1.0,
+        "validation": 0.05,
         "evaluations": 5,
         "seed": 42,
     },

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from serving import clip
 
+from adapters_store import pack
+from backbone import AdapterShape, load_backbone
+
 
 def polyclip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -130,3 +133,39 @@ def test_the_doctor_finds_a_healthy_house(tmp_path: Path) -> None:
     findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 0, [f for f in findings.values() if not f["ok"]]
     assert {"faiss", "database", "blobs", "decoders", "backbone"} <= set(findings)
+
+
+def test_an_evaluation_tells_recall_with_intervals_and_writes_a_report(indexed: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = polyclip("evaluate", "--collection", "films", "--data", indexed, "--report", str(report), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["frozen backbone"]["text_to_video"]
+    low, high = found["intervals"]["R@1"]
+    assert found["queries"] == 6 and low <= found["R@1"] <= high
+    page = report.read_text()
+    assert page.count("data:image/jpeg;base64,") >= 3, "thumbnails of the worst queries"
+    assert json.loads(report.with_suffix(".json").read_text())["results"]["frozen backbone"]["text_to_video"] == found
+
+
+def test_an_evaluation_of_a_data_set_sets_an_adapter_against_the_frozen_backbone(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    lines = []
+    for i in range(12):
+        (tmp_path / "videos" / f"{i}.mp4").write_bytes(clip(220 + i))
+        lines.append(json.dumps({"video": f"{i}.mp4", "caption": f"number {i}", "split": "test" if i > 7 else "train"}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    backbone = load_backbone()
+    shape = AdapterShape(backbone.dims, 2, 0)
+    (tmp_path / "a.safetensors").write_bytes(pack(shape, backbone.fingerprint, shape.initial(0)))
+    where = ("--data-set", "jsonl", "--root", str(tmp_path), "--adapter", str(tmp_path / "a.safetensors"))
+    done = polyclip("evaluate", *where, "--split", "test", "--query-bank", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [name.split(" ")[0] for name in found] == ["frozen", "frozen", "adapter", "adapter"]
+    assert all(system["text_to_video"]["gallery"] == 4 for system in found.values())
+    assert found["frozen backbone, query bank"]["bank_queries"] == 6, "what is left of 8 for training"
+    (tmp_path / "videos" / "11.mp4").unlink()
+    refused = polyclip("evaluate", *where, "--split", "test")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1 and "11.mp4" in refused.stderr
+    assert polyclip("evaluate", "--collection", "films", *where).returncode == 2

@@ -41,6 +41,26 @@ def test_the_whole_service_dies_right_after_202(tmp_path: Path) -> None:
         server.stop()
 
 
+def test_the_worker_dies_in_mid_training_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    server = Server(tmp_path / "data").start()
+    try:
+        tenant = new_tenant(server.client)
+        collection, _ = tenant.filled(range(150, 162), captions=True)
+        recipe = {"steps": 150, "batch_size": 4, "frames": 1, "rank": 2, "shared": 0, "evaluations": 10}
+        answer = tenant.post(f"/admin/collections/{collection}/adapters", {"recipe": recipe, "activate": "always"})
+        scratch = tmp_path / "data" / "scratch"
+        wait_for("a checkpoint", lambda: list(scratch.glob("train-*/checkpoint.safetensors")))
+        worker = server.worker()
+        assert worker is not None
+        os.kill(worker, signal.SIGKILL)
+        result = tenant.done(answer)
+        assert "training_resumed" in server.log
+        assert result["activated"]
+        assert not list(scratch.glob("train-*")), "nothing of it is left in the scratch folder"
+    finally:
+        server.stop()
+
+
 def test_a_row_without_a_job_is_found_by_the_sweep(tmp_path: Path) -> None:
     """A crash between the row and the queue: the next start of a worker finds the task that no queue knows."""
     from service import catalog
