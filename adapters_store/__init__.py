@@ -12,20 +12,25 @@ from adapters_store.artifact import (
     write,
 )
 from adapters_store.official import from_official, official_file, read_state, to_official
-from adapters_store.residency import ResidentAdapters
+from adapters_store.residency import Counters, Lease, LeaseTimeout, PinsExhausted, Residency, slots_of
 
 __all__ = [
     "AdapterMismatch",
     "Artifact",
+    "Counters",
     "InvalidAdapter",
+    "Lease",
+    "LeaseTimeout",
     "Manifest",
-    "ResidentAdapters",
+    "PinsExhausted",
+    "Residency",
     "describe",
     "from_official",
     "official_file",
     "pack",
     "read",
     "read_state",
+    "slots_of",
     "to_official",
     "unpack",
     "write",

@@ -169,16 +169,15 @@ class Batcher(Generic[Row, Result]):
                 late = waiting.deadline is not None and waiting.deadline <= now
                 if self._batch and not late and weight + waiting.weight > self._limit:
                     break
-                self._remove(group, waiting.ticket)
+                if not self._remove(group, waiting.ticket):
+                    continue
                 if late:
                     expired.append(waiting)
-                elif not waiting.ticket.set_running_or_notify_cancel():
-                    self.cancelled += 1  # a moment ago: it has not come to `_withdraw` yet
-                else:
-                    self._batch.append(waiting)
-                    weight += waiting.weight
-                    if group in self._groups:
-                        self._groups.move_to_end(group)
+                    continue
+                self._batch.append(waiting)
+                weight += waiting.weight
+                if group in self._groups:
+                    self._groups.move_to_end(group)
             going_on = bool(self._batch or expired or not self._closed)
             self.expired += len(expired)
             if rows := len(self._batch):
@@ -231,13 +230,16 @@ class Batcher(Generic[Row, Result]):
         with self._wake:
             if ticket in self._groups.get(group, ()):
                 self._remove(group, ticket)
-                self.cancelled += 1
 
-    def _remove(self, group: str, ticket: Future[Result]) -> None:
+    def _remove(self, group: str, ticket: Future[Result]) -> bool:
+        """Out of the queue; False for a cancelled row, and `concurrent.futures.wait` knows of it only from here."""
         self._weight -= self._groups[group].pop(ticket).weight
         self._depth -= 1
         if not self._groups[group]:
             del self._groups[group]
+        alive = ticket.set_running_or_notify_cancel()
+        self.cancelled += not alive
+        return alive
 
     def _time_to_drain(self) -> float:
         """Seconds until all that waits and runs now is done, at the pace of the last batches; 1 before the first."""
@@ -250,9 +252,8 @@ class Batcher(Generic[Row, Result]):
         """Ends it: every row that waits or runs gets an error of its own."""
         with self._wake:
             self._closed = True
-            left = [*self._batch, *(waiting for queue in self._groups.values() for waiting in queue.values())]
-            self._groups.clear()
-            self._depth = self._weight = 0
+            waits = [(group, waiting) for group, queue in self._groups.items() for waiting in queue.values()]
+            left = [*self._batch, *(waiting for group, waiting in waits if self._remove(group, waiting.ticket))]
         for waiting in left:
             _settle(waiting.ticket, error())
 

@@ -54,7 +54,13 @@ def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
     if pretrained in open_clip.list_pretrained_tags_by_model(name):
         # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
         quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
-        return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
+        try:
+            return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
+        except Exception as error:  # what the hub's client raises without a network is not documented
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BackboneNotFound(
+                f"the weights {pretrained!r} of {name} could not be downloaded ({reason:.200}): without a network, give a file"
+            ) from error
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise BackboneNotFound(f"{name} has no weights {pretrained!r}: neither a file nor one of its tags ({tags})")

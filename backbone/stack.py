@@ -71,10 +71,6 @@ class FlatAdapter:
         parts = values.split(counts)
         return [part.view(size) if len(part) else None for part, size in zip(parts, sizes, strict=True)]
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
 
 class AdapterStack:
     """`slots` adapters of up to `rank` on the device, in memory that is allocated once. Slot 0 is the zero adapter, always.
@@ -115,7 +111,7 @@ class AdapterStack:
         if not 1 <= slot < self.slots:
             raise ValueError(f"slot {slot} cannot be written: slots 1 to {self.slots - 1} can")
         if adapter.dims != self.dims or max(adapter.ranks) > self.rank:
-            raise ValueError(f"a stack of rank {self.rank} for {self.dims}; an adapter of ranks {adapter.ranks} for {adapter.dims}")
+            raise ValueError(f"a stack for {self.dims}, rank {self.rank}; an adapter for {adapter.dims}, ranks {adapter.ranks}")
         if self._copies is None:
             self._fill(slot, adapter, adapter.values)
             return

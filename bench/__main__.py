@@ -11,11 +11,17 @@ from pathlib import Path
 
 import torch
 
-from bench import mixed_batch, search_path
+from bench import adapter_swap, mixed_batch, search_path, serving, training_step
 from bench.timing import Row
 
 ROOT = Path(__file__).parent.parent
-BENCHES = {"mixed_batch": mixed_batch, "search_path": search_path}
+BENCHES = {
+    "mixed_batch": mixed_batch,
+    "adapter_swap": adapter_swap,
+    "search_path": search_path,
+    "serving": serving,
+    "training_step": training_step,
+}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, object]] = {
     "adapter": {},
     "adapter, recomputed activations": {"recompute": True},
     "adapter in the last 2 layers": {"layers": 2},
+    "adapter in the last layer": {"layers": 1},
     "adapter, text only": {"scope": "text"},
 }
 

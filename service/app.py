@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from service import catalog, errors
 from service.jobs import Jobs
+from service.metrics import HouseCollector
 from service.middleware import Metrics, Observe
 from service.routes import adapters, admin, collections, health, media, search, tasks, videos
 from service.routes.access import House
@@ -31,8 +32,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         with own.database.read() as connection:
             secret = catalog.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
-        app.state.house = House(own, Searcher(own), jobs, secret)
         await to_thread.run_sync(_warm, own)
+        app.state.house = House(own, Searcher(own), jobs, secret)
+        app.state.metrics.registry.register(HouseCollector(own, app.state.house.searcher))
         yield
         jobs.close()
         own.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -12,10 +13,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from adapters_store import AdapterMismatch, InvalidAdapter
-from backbone.batcher import BatcherFull
+from adapters_store import AdapterMismatch, InvalidAdapter, LeaseTimeout
+from backbone.batcher import BatcherClosed, BatcherFull, DeadlinePassed
 from indexer.frames import DamagedFrames
 from service.blobs import BlobMissing
 from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
@@ -57,6 +59,10 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     OtherBackbone: (503, "other_backbone"),
     DamagedFrames: (503, "frames_damaged"),
     BatcherFull: (503, "overloaded"),
+    DeadlinePassed: (503, "overloaded"),
+    LeaseTimeout: (503, "overloaded"),
+    TimeoutError: (503, "overloaded"),
+    BatcherClosed: (503, "shutting_down"),
     OperationalError: (503, "database_unavailable"),
 }
 PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
@@ -71,6 +77,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(InvalidFilter, _invalid_filter)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
     app.add_exception_handler(Exception, _internal)
 
 
@@ -104,7 +111,8 @@ def problem(
 def _handler(status: int, code: str) -> Any:
     def handle(request: Request, error: Exception) -> Response:
         detail = "the database does not answer" if isinstance(error, OperationalError) else str(error)
-        return problem(request, status, code, detail)
+        wait = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, BatcherFull) else None
+        return problem(request, status, code, detail or "the answer took too long", headers=wait)
 
     return handle
 

@@ -121,24 +121,26 @@ def embed_for(runtime: Runtime, tenant: str, video: Video, generation: Generatio
 def segment_rows(runtime: Runtime, video: Video, generation: Generation) -> list[dict[str, Any]]:
     """The rows of `segments` for a video, embedded from its cached frames."""
     archive = FrameArchive(runtime.blobs.get(frames_key(video.collection_id, video.id)))
-    adapter = runtime.adapter(generation)
     size = runtime.backbone.image_size
     rows = []
-    for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
-        window = archive.segments[first : first + SEGMENTS_AT_ONCE]
-        pixels = [archive.pixels(segment.frames, size) for segment in window]
-        waiting = [runtime.frames.submit((frames, adapter), weight=len(frames)) for frames in pixels]
-        for ordinal, (segment, future) in enumerate(zip(window, waiting, strict=True), start=first):
-            vectors = future.result()
-            rows.append(
-                {
-                    "ordinal": ordinal,
-                    "start": segment.start,
-                    "end": segment.end,
-                    "pooled": pooled(vectors).astype(np.float16).tobytes(),
-                    "frames": vectors.astype(np.float16).tobytes(),
-                }
-            )
+    with runtime.lease(generation) as lease:
+        for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
+            window = archive.segments[first : first + SEGMENTS_AT_ONCE]
+            pixels = [archive.pixels(segment.frames, size) for segment in window]
+            waiting = [
+                runtime.frames.submit((frames, lease), group=video.tenant_id, weight=len(frames)) for frames in pixels
+            ]
+            for ordinal, (segment, future) in enumerate(zip(window, waiting, strict=True), start=first):
+                vectors = future.result()
+                rows.append(
+                    {
+                        "ordinal": ordinal,
+                        "start": segment.start,
+                        "end": segment.end,
+                        "pooled": pooled(vectors).astype(np.float16).tobytes(),
+                        "frames": vectors.astype(np.float16).tobytes(),
+                    }
+                )
     return rows
 
 

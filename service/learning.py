@@ -145,9 +145,10 @@ def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) ->
     if len(gallery) < 2:
         raise TooFewCaptions(f"an evaluation needs at least 2 captioned videos, there are {len(gallery)}")
     texts = [(column, caption.text) for column, video in enumerate(gallery) for caption in captions[video]]
-    adapter = runtime.adapter(generation)
     tokens = runtime.backbone.tokenize([text for _, text in texts]).ids
-    queries = [future.result() for future in [runtime.texts.submit((row, adapter)) for row in tokens]]
+    with runtime.lease(generation) as lease:
+        parts = tokens.split(runtime.settings.batch_texts)
+        queries = [f.result() for part in parts for f in [runtime.texts.submit((row, lease), group=tenant) for row in part]]
     frames = [segment for video in gallery for segment in vectors[video]]
     owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
     scores = np.stack([rescore(query, frames, TEMPERATURE) for query in queries])  # (captions, segments)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import fcntl
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import ResidentAdapters
-from backbone import Adapter, Backbone, load_backbone
+from adapters_store import Lease, Residency, slots_of
+from backbone import Backbone, load_backbone
 from backbone.batcher import Batcher
 from indexer.sandbox import Limits, Sandbox
 from service import catalog, keys
@@ -110,61 +112,95 @@ class Runtime:
         return "_backbone" in self.__dict__
 
     @property
-    def adapters(self) -> ResidentAdapters:
+    def residency(self) -> Residency:
+        """The adapters in memory and on the device."""
         with self._lock:
-            return self._adapters
+            return self._residency
 
     @cached_property
-    def _adapters(self) -> ResidentAdapters:
-        return ResidentAdapters(self.backbone.fingerprint, self.device, self.settings.adapter_bytes)
+    def _residency(self) -> Residency:
+        return Residency(
+            self.backbone.fingerprint,
+            self.backbone.dims,
+            self.device,
+            stack_bytes=self.settings.adapter_bytes,
+            host_bytes=self.settings.adapter_host_bytes,
+            rank=min(self.settings.adapter_rank, self.backbone.dims.text_width, self.backbone.dims.visual_width),
+        )
 
-    def adapter(self, generation: Generation) -> Adapter | None:
-        """The adapter of a generation, resident; None for the frozen backbone.
-
-        Raises OtherBackbone, InvalidAdapter or BlobMissing.
-        """
+    def check(self, generation: Generation) -> None:
+        """Raises OtherBackbone for a generation whose vectors another backbone made."""
         if generation.backbone != self.backbone.fingerprint:
             raise OtherBackbone(f"generation {generation.id} was made with backbone {generation.backbone[:12]}")
+
+    def request_lease(self, generation: Generation) -> Future[Lease] | None:
+        """A lease of a generation's adapter, on its way; None for the frozen backbone.
+
+        Raises OtherBackbone; the future may hold InvalidAdapter, AdapterMismatch or BlobMissing.
+        """
+        self.check(generation)
         if generation.digest is None:
             return None
-        key = adapter_key(generation.collection_id, generation.digest)
-        return self.adapters.get(generation.digest, lambda: self.blobs.get(key))
+        return self.residency.request(generation.digest, self.fetch(generation))
+
+    @contextmanager
+    def lease(self, generation: Generation) -> Iterator[Lease | None]:
+        """The adapter of a generation for the length of the block, waited for; None for the frozen backbone."""
+        future = self.request_lease(generation)
+        if future is None:
+            yield None
+            return
+        with future.result() as lease:
+            yield lease
+
+    def prefetch(self, generation: Generation) -> None:
+        """Begins to load a generation's adapter, if it is for the backbone at hand."""
+        if generation.digest is not None and generation.backbone == self.backbone.fingerprint:
+            self.residency.prefetch(generation.digest, self.fetch(generation))
+
+    def fetch(self, generation: Generation) -> Callable[[], bytes]:
+        """Reads the file of a generation's adapter."""
+        key = adapter_key(generation.collection_id, str(generation.digest))
+        return lambda: self.blobs.get(key)
 
     @property
-    def texts(self) -> Batcher[tuple[Tensor, Adapter | None], NDArray[np.float32]]:
-        """Encodes token rows (context_length,) with their adapters, all that wait in one batch."""
+    def texts(self) -> Batcher[tuple[Tensor, Lease | None], NDArray[np.float32]]:
+        """Encodes token rows (context_length,) with their leased adapters, those of all tenants in one batch."""
         with self._lock:
             return self._texts
 
     @cached_property
-    def _texts(self) -> Batcher[tuple[Tensor, Adapter | None], NDArray[np.float32]]:
+    def _texts(self) -> Batcher[tuple[Tensor, Lease | None], NDArray[np.float32]]:
         backbone = self.backbone
 
-        def encode(rows: Sequence[tuple[Tensor, Adapter | None]]) -> Sequence[NDArray[np.float32]]:
+        def encode(rows: Sequence[tuple[Tensor, Lease | None]]) -> Sequence[NDArray[np.float32]]:
             with torch.inference_mode():
                 tokens = torch.stack([tokens for tokens, _ in rows])
-                return list(backbone.encode_text(tokens, [adapter for _, adapter in rows]).cpu().numpy())
+                return list(backbone.encode_text(tokens, slots_of([lease for _, lease in rows])).cpu().numpy())
 
-        return Batcher(encode, limit=self.settings.batch_texts, name="texts")
+        settings = self.settings
+        return Batcher(
+            encode, settings.batch_texts, capacity=settings.queue_texts, group_capacity=settings.queue_texts // 2, name="texts"
+        )
 
     @property
-    def frames(self) -> Batcher[tuple[NDArray[np.uint8], Adapter | None], NDArray[np.float32]]:
-        """Encodes segments' frames (F, 3, S, S) with their adapters into (F, D), batches mixing videos and tenants."""
+    def frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
+        """Encodes segments' frames (F, 3, S, S) with their leased adapters into (F, D), batches mixing videos and tenants."""
         with self._lock:
             return self._frames
 
     @cached_property
-    def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Adapter | None], NDArray[np.float32]]:
+    def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
         backbone = self.backbone
 
-        def encode(rows: Sequence[tuple[NDArray[np.uint8], Adapter | None]]) -> Sequence[NDArray[np.float32]]:
+        def encode(rows: Sequence[tuple[NDArray[np.uint8], Lease | None]]) -> Sequence[NDArray[np.float32]]:
             with torch.inference_mode():
                 pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
-                adapters = [adapter for pixels, adapter in rows for _ in pixels]
-                vectors = backbone.encode_frames(pixels, adapters).cpu().numpy()
+                leases = [lease for pixels, lease in rows for _ in pixels]
+                vectors = backbone.encode_frames(pixels, slots_of(leases)).cpu().numpy()
             return np.split(vectors, np.cumsum([len(pixels) for pixels, _ in rows])[:-1])
 
-        return Batcher(encode, limit=self.settings.batch_frames, name="frames")
+        return Batcher(encode, self.settings.batch_frames, name="frames")
 
     @property
     def decoder(self) -> DecoderPool:
@@ -178,7 +214,7 @@ class Runtime:
         return DecoderPool([Sandbox(limits) for _ in range(self.settings.decoders)])
 
     def close(self) -> None:
-        for name in ("_texts", "_frames", "_decoder"):
+        for name in ("_texts", "_frames", "_decoder", "_residency"):
             if name in self.__dict__:
                 self.__dict__[name].close()
         self.database.close()

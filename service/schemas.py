@@ -31,6 +31,7 @@ class SearchRequest(In):
 class CollectionSettings(In):
     segment_seconds: float | None = Field(None, gt=0, le=3600, description="Length of a segment, seconds.")
     description: str | None = Field(None, max_length=1000)
+    pinned: bool | None = Field(None, description="Keep the active adapter on the device, used or not.")
 
 
 class NewCollection(In):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import structlog
+from anyio import to_thread
 from numpy.typing import NDArray
 
+from adapters_store import Lease, PinsExhausted
 from backbone import TEMPERATURE
 from indexer.index import Candidate, IndexView, rescore
 from service import catalog
 from service.catalog import Collection, Generation, Video
 from service.filters import matches
 from service.runtime import Runtime
+from service.text_cache import TextCache, TextKey, TextVector, text_key
+
+log = structlog.get_logger()
 
 TAIL = 4096  # rows read at once when a view follows the table
 
@@ -49,65 +58,114 @@ class Found:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked, of which collection, and with which generation: adapter and vectors, read in one step."""
+
+    tenant: str
+    collection: Collection
+    generation: Generation
+    key: TextKey
+
+
 class Searcher:
-    """Answers queries; safe to use from several threads."""
+    """Answers queries; safe to use from several threads and from an event loop at once."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._texts: OrderedDict[tuple[str | None, str], tuple[NDArray[np.float32], bool]] = OrderedDict()
+        self.texts = TextCache(runtime.settings.text_cache_bytes)
         self._views: OrderedDict[str, IndexView] = OrderedDict()
+        self._pinned: dict[str, str] = {}  # collection → digest
         self._lock = threading.Lock()
 
-    def search(
+    def search(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
+        """At least the best `wanted` hits, if there are so many; arguments as of `_find`.
+
+        Raises NotFound, EmptyText, InvalidFilter, OtherBackbone, BatcherFull, DeadlinePassed, LeaseTimeout.
+        """
+        return asyncio.run(self.answer(tenant, collection_name, text, **how))
+
+    async def answer(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
+        """`search` for an event loop: a caller that is cancelled leaves no row behind, and the database and the index are
+        asked on other threads.
+        """
+        clock = _Clock()
+        question = await to_thread.run_sync(self._resolve, tenant, collection_name, text)
+        clock.lap("resolve")
+        encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
+        clock.lap("encode")
+        return await to_thread.run_sync(partial(self._find, question, encoded, clock, **how))
+
+    def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
+        with self._runtime.database.read() as connection:
+            collection, generation = catalog.active_generation(connection, tenant, collection_name)
+        key = text_key(generation.digest, text)
+        if not key.text:
+            raise EmptyText("the text is empty")
+        self._runtime.check(generation)
+        self._pin(collection, generation)
+        return _Question(tenant, collection, generation, key)
+
+    async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
+        """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
+        runtime, seconds = self._runtime, self._runtime.settings.search_seconds
+        tokens = runtime.backbone.tokenize([question.key.text])
+        request = runtime.request_lease(question.generation)
+        try:
+            lease: Lease | None = None
+            if request is not None:
+                lease = await asyncio.wait_for(asyncio.wrap_future(request), seconds)
+            clock.lap("adapter")
+            row, deadline = (tokens.ids[0], lease), time.monotonic() + seconds
+            ticket = runtime.texts.submit(row, group=question.tenant, deadline=deadline)
+            vector = await asyncio.wrap_future(ticket)
+            clock.took("queue", ticket.queued_seconds)
+            return TextVector(vector, tokens.truncated[0])
+        finally:
+            if request is not None:
+                _give_back(request)
+
+    def _find(
         self,
-        tenant: str,
-        collection_name: str,
-        text: str,
+        question: _Question,
+        encoded: TextVector,
+        clock: _Clock,
         *,
         group_by: Literal["video", "segment"] = "video",
         where: Mapping[str, Any] | None = None,
         exact: bool = True,
         wanted: int = 10,
     ) -> Found:
-        """At least the best `wanted` hits, if there are so many. With `exact`, candidates are rescored over their frames.
-
-        Raises NotFound, EmptyText, InvalidFilter, BatcherFull, OtherBackbone.
-        """
-        clock = _Clock()
-        words = " ".join(text.split())
-        if not words:
-            raise EmptyText("the text is empty")
-        with self._runtime.database.read() as connection:
-            collection, generation = catalog.active_generation(connection, tenant, collection_name)
-        clock.lap("resolve")
-        query, truncated = self._text_vector(generation, words)
-        clock.lap("encode")
+        """The hits of an encoded text. With `exact`, candidates are rescored over their frames."""
+        tenant, collection, generation = question.tenant, question.collection, question.generation
         view = self._view(tenant, generation)
         allowed = self._allowed(tenant, collection, where)
-        candidates = view.search(query, max(self._runtime.settings.candidates, 3 * wanted), allowed)
+        candidates = view.search(encoded.vector, max(self._runtime.settings.candidates, 3 * wanted), allowed)
         clock.lap("search")
         if exact and candidates:
-            candidates = self._rescore(tenant, generation, query, candidates)
+            candidates = self._rescore(tenant, generation, encoded.vector, candidates)
         clock.lap("rescore")
         hits = self._hits(tenant, candidates, group_by)
         clock.lap("load")
-        return Found(hits, collection, generation, view.videos, truncated, clock.timings())
+        return Found(hits, collection, generation, view.videos, encoded.truncated, clock.timings())
 
-    def _text_vector(self, generation: Generation, words: str) -> tuple[NDArray[np.float32], bool]:
-        """(D,) unnormalised, and whether the text was cut; cached by the adapter's digest and the text."""
-        adapter = self._runtime.adapter(generation)
-        key = (generation.digest, words)
+    def _pin(self, collection: Collection, generation: Generation) -> None:
+        """Keeps a collection's adapter on the device where its settings ask for it."""
+        wanted = generation.digest if collection.settings.get("pinned") else None
         with self._lock:
-            if key in self._texts:
-                self._texts.move_to_end(key)
-                return self._texts[key]
-        tokens = self._runtime.backbone.tokenize([words])
-        entry = (self._runtime.texts.submit((tokens.ids[0], adapter)).result(), tokens.truncated[0])
-        with self._lock:
-            self._texts[key] = entry
-            while len(self._texts) > self._runtime.settings.text_cache_entries:
-                self._texts.popitem(last=False)
-        return entry
+            held = self._pinned.get(collection.id)
+            if held == wanted:
+                return
+            if held is not None:
+                self._runtime.residency.unpin(held, collection.id)
+                del self._pinned[collection.id]
+            if wanted is not None:
+                try:
+                    self._runtime.residency.pin(wanted, collection.id)
+                except PinsExhausted as error:
+                    log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
+                else:
+                    self._pinned[collection.id] = wanted
 
     def _view(self, tenant: str, generation: Generation) -> IndexView:
         """The view of the generation's vectors, up to date with the table."""
@@ -154,15 +212,28 @@ class Searcher:
         ]
 
 
+def _give_back(request: Future[Lease]) -> None:
+    """Releases a lease, or withdraws what is not granted yet."""
+    if not request.cancel():
+        request.add_done_callback(lambda done: None if done.exception() else done.result().release())
+
+
 class _Clock:
+    """Milliseconds of each stage; `took` moves a part of the stage that runs to a name of its own."""
+
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self._laps[name] = round(1000 * (now - self._last), 3)
+        self._laps[name] = self._laps.get(name, 0.0) + 1000 * (now - self._last)
         self._last = now
 
+    def took(self, name: str, seconds: float) -> None:
+        self._laps[name] = 1000 * seconds
+        self._last += seconds
+
     def timings(self) -> dict[str, float]:
-        return {**self._laps, "total": round(1000 * (self._last - self._started), 3)}
+        total = 1000 * (self._last - self._started)
+        return {name: round(value, 3) for name, value in {"queue": 0.0, **self._laps, "total": total}.items()}

@@ -34,10 +34,14 @@ class Settings(BaseSettings):
     decoders: int = Field(2, ge=1, description="Decoder processes of a worker.")
 
     candidates: int = Field(200, ge=1, description="Segments that the first stage hands to exact rescoring.")
-    text_cache_entries: int = Field(10_000, ge=0, description="Text vectors kept, by adapter and text.")
+    text_cache_bytes: int = Field(64 * MiB, ge=0, description="Text vectors kept, by adapter and text, in bytes.")
     adapter_bytes: int = Field(256 * MiB, ge=1, description="Adapters kept on the device, in bytes.")
+    adapter_host_bytes: int = Field(1024 * MiB, ge=0, description="Adapters kept in the host's memory, in bytes.")
+    adapter_rank: int = Field(16, ge=1, description="Largest rank that is kept on the device; larger ones are slower.")
     view_bytes: int = Field(2048 * MiB, ge=1, description="Index views kept in memory, in bytes.")
     batch_texts: int = Field(64, ge=1, description="Largest batch of texts in one forward pass.")
+    queue_texts: int = Field(1024, ge=2, description="Texts that may wait to be encoded, half of them one tenant's.")
+    search_seconds: float = Field(20.0, gt=0, description="How long a text may wait to be encoded, in seconds.")
     batch_frames: int = Field(96, ge=1, description="Largest batch of frames in one forward pass.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
 

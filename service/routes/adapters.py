@@ -99,7 +99,7 @@ def list_all(
         collection = collection_of(connection, tenant, name)
         page = catalog.list_adapters(connection, tenant.id, collection.id, page_limit, paging.decode("id", page_token))
         active = catalog.generation(connection, tenant.id, collection.active_generation_id).adapter_id
-        return listing([_summary(row, active) for row in page.rows], page)
+        return listing([_summary(house, row, active) for row in page.rows], page)
 
 
 @router.get("/collections/{name}/adapters/{adapter_id}")
@@ -109,7 +109,7 @@ def get(name: str, adapter_id: str, tenant: CanSearch, house: InHouse) -> dict[s
         collection = collection_of(connection, tenant, name)
         version = catalog.adapter(connection, tenant.id, collection.id, adapter_id)
         active = catalog.generation(connection, tenant.id, collection.active_generation_id).adapter_id
-    return {**_summary(version, active), "manifest": dict(version.manifest)}
+    return {**_summary(house, version, active), "manifest": dict(version.manifest)}
 
 
 @router.get("/collections/{name}/adapters/{adapter_id}/weights")
@@ -136,13 +136,15 @@ def _queue(house: House, tenant: Tenant, name: str, key: str | None, parts: list
     return answer
 
 
-def _summary(version: AdapterVersion, active: str | None) -> dict[str, Any]:
+def _summary(house: House, version: AdapterVersion, active: str | None) -> dict[str, Any]:
+    """`residency`: where this process has it: active, inactive, loading or offloaded."""
     metrics = version.manifest.get("metrics", {})
     return {
         "id": version.id,
         "version": version.version,
         "digest": version.digest,
         "active": version.id == active,
+        "residency": house.runtime.residency.states().get(version.digest, "offloaded"),
         "scope": version.manifest["scope"],
         "parameters": version.manifest["parameters"],
         "metrics": {side: metrics[side] for side in ("before", "after") if side in metrics},

@@ -42,9 +42,12 @@ def list_all(
 
 @router.get("/{name}")
 def get(name: str, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
-    """Counts, settings, active adapter and generation."""
+    """Counts, settings, active adapter and generation. Whoever looks is about to search: the adapter is fetched."""
     with house.runtime.database.read() as connection:
-        return show(connection, tenant, collection_of(connection, tenant, name))
+        collection, generation = catalog.active_generation(connection, tenant.id, name)
+        shown = show(connection, tenant, collection)
+    house.runtime.prefetch(generation)
+    return shown
 
 
 @router.patch("/{name}")

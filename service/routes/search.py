@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 
 from service import filters, paging
 from service.keys import sign
@@ -13,16 +16,17 @@ from service.routes.access import PROBLEMS, CanSearch, House, InHouse
 from service.schemas import HitOut, PageInfo, SearchAnswer, SearchPool, SearchRequest, Warning
 from service.search import Found
 
+Done = TypeVar("Done")
 router = APIRouter(tags=["search"], responses=PROBLEMS)
 
 
 @router.post("/search")
-def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHouse) -> SearchAnswer:
+async def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHouse) -> SearchAnswer:
     """Finds the videos of a collection that show what the text says, best first."""
     offset = int(paging.decode("offset", body.page_token) or 0)
     if body.filter is not None:
         filters.check(body.filter)
-    found = house.searcher.search(
+    work = house.searcher.answer(
         tenant.id,
         body.collection,
         body.text,
@@ -31,7 +35,25 @@ def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHo
         exact=body.rescore,
         wanted=offset + body.page_limit,
     )
-    return answer(house, request, found, offset, body.page_limit)
+    return answer(house, request, await while_connected(request, work), offset, body.page_limit)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> Done:
+    """What `work` returns; it is cancelled, and ClientDisconnect raised, if the client goes away first."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
 
 
 def answer(house: House, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 import adapters_store
-from adapters_store import AdapterMismatch, InvalidAdapter, ResidentAdapters, describe, pack, read, unpack, write
+from adapters_store import AdapterMismatch, InvalidAdapter, describe, pack, read, unpack, write
 from backbone import AdapterShape, TowerDims
 
 DIMS = TowerDims(192, 6, 128, 4)
@@ -85,38 +85,6 @@ def test_published_files_belong_together(tmp_path: Path) -> None:
     (tmp_path / "adapter.safetensors").write_bytes(packed(seed=1))
     with pytest.raises(InvalidAdapter, match="another adapter"):
         read(tmp_path)
-
-
-def test_residency_fetches_once_and_the_least_used_goes_first() -> None:
-    files = {unpack(data).digest: data for data in (packed(seed) for seed in range(4))}
-    fetched: list[str] = []
-
-    def fetch(digest: str) -> bytes:
-        fetched.append(digest)
-        return files[digest]
-
-    size = len(packed())
-    resident = ResidentAdapters(FINGERPRINT, torch.device("cpu"), budget_bytes=2 * size)
-    a, b, c, _ = files
-    kept = resident.get(a, lambda: fetch(a))
-    for digest in (a, b, a, c):
-        resident.get(digest, lambda digest=digest: fetch(digest))
-    assert fetched == [a, b, c]
-    assert a in resident and c in resident and b not in resident
-    assert resident.bytes <= 2 * size
-    resident.get(b, lambda: fetch(b))
-    resident.get(c, lambda: fetch(c))
-    assert kept.text is not None and torch.isfinite(kept.text.up_weight).all(), "an evicted adapter in use stays usable"
-
-
-def test_a_damaged_file_is_never_served() -> None:
-    resident = ResidentAdapters(FINGERPRINT, torch.device("cpu"))
-    with pytest.raises(InvalidAdapter, match="damaged"):
-        resident.get(unpack(packed()).digest, lambda: packed(seed=1))
-    with pytest.raises(AdapterMismatch):
-        data = packed()
-        ResidentAdapters("0" * 64, torch.device("cpu")).get(unpack(data).digest, lambda: data)
-    assert len(resident) == 0
 
 
 def test_a_file_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,3 +126,12 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 def test_towers_without_plain_blocks_are_refused(name: str) -> None:
     with pytest.raises((UnsupportedBackbone, BackboneNotFound)):
         load_backbone(name, "random")
+
+
+def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to download weights for tag 'openai'.\nno route to host")
+
+    monkeypatch.setattr("backbone.load.open_clip.create_model", offline)
+    with pytest.raises(BackboneNotFound, match=r"^the weights 'openai' of ViT-B-32 could not be downloaded .*give a file$"):
+        load_backbone("ViT-B-32", "openai")

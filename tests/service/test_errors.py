@@ -240,7 +240,7 @@ def test_our_own_fault_is_a_500_with_its_request_id(guest: Tenant, monkeypatch: 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a secret of the house")
 
-    monkeypatch.setattr(guest.client.app.state.house.searcher, "search", broken)
+    monkeypatch.setattr(guest.client.app.state.house.searcher, "answer", broken)
     with capture_logs() as logs:
         problem = check_problem(ask(guest, collection="films", text="a"), 500, "internal")
     assert "secret" not in str(problem)

@@ -1,0 +1,196 @@
+"""Searches over HTTP, ViT-B/32 with random weights, 64 collections of 8 tenants, each with an adapter of its own and 200
+videos: closed-loop clients that each ask a new text of about 12 tokens, of collections drawn uniformly or by zipf's law. Our
+service and the naive one (`bench/naive.py`) take turns on the same machine, which also runs the clients. A row's time is that
+of one query; the ratio is of queries a second, ours to the naive one's, at as many clients: there, more is faster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.timing import Row
+
+BACKBONE = "ViT-B-32"
+TENANTS, EACH, VIDEOS, FRAMES = 8, 8, 200, 12
+CLIENTS = (1, 8, 32, 128)
+SECONDS = 6.0
+WORDS = ("red", "dog", "man", "car", "runs", "small", "large", "near", "street", "water", "plays", "green", "black", "old")
+ROOT_KEY = "bench-root-key"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What the naive service knows of a collection."""
+
+    collection: str
+    key: str
+    adapter: Path
+    videos: list[str]
+    pooled: NDArray[np.float32]  # (videos, D)
+    frames: list[bytes]
+
+
+def run() -> list[Row]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        fill(data)
+        targets = [(listing.collection, listing.key) for listing in listings(data)]
+        with ours(data) as mine, naive(data) as theirs:
+            for law in ("uniform", "zipf"):
+                for clients in CLIENTS if law == "uniform" else (32,):
+                    measured = {}
+                    for name, url in (("naive", theirs), ("ours", mine)):
+                        asyncio.run(load(url, targets, law, clients, 1.5))
+                        measured[name] = asyncio.run(load(url, targets, law, clients, SECONDS))
+                    rates = {name: len(times) / SECONDS for name, times in measured.items()}
+                    for name, times in measured.items():
+                        p50, p95, p99 = np.percentile(times, (50, 95, 99))
+                        tail = f"p95 {p95:.0f} ms, p99 {p99:.0f} ms"
+                        what = f"{law}, {clients} clients, {name}: {rates[name]:.1f} queries/s, {tail}"
+                        low, high = np.percentile(times, (10, 90))
+                        against = "of the naive queries/s" if name == "ours" else "(naive)"
+                        ratio = rates[name] / rates["naive"]
+                        rows.append(Row(what, float(p50), float(low), float(high), ratio, against))
+    return rows
+
+
+async def load(url: str, targets: list[tuple[str, str]], law: str, clients: int, seconds: float) -> list[float]:
+    """Milliseconds of each query that was answered within the time. Raises RuntimeError for any answer but 200."""
+    rng = np.random.default_rng(clients)
+    weights = 1 / np.arange(1, len(targets) + 1) if law == "zipf" else np.ones(len(targets))
+    weights /= weights.sum()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
+
+        async def client() -> None:
+            while (started := time.perf_counter()) < end:
+                collection, key = targets[rng.choice(len(targets), p=weights)]
+                text = " ".join(rng.choice(WORDS, 9)) + f" {rng.integers(1000)}"
+                answer = await http.post("/search", json={"collection": collection, "text": text}, headers={"X-API-Key": key})
+                if answer.status_code != 200:
+                    raise RuntimeError(f"{answer.status_code}: {answer.text:.300}")
+                if (now := time.perf_counter()) < end:
+                    times.append(1000 * (now - started))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return times
+
+
+def fill(data: Path) -> None:
+    """Tenants, collections, adapters and random vectors, through the catalog; what the naive service needs, beside it."""
+    import adapters_store
+    from backbone import AdapterShape
+    from service import catalog, keys, learning
+    from service.runtime import Runtime
+    from service.settings import Settings
+
+    runtime = Runtime(Settings(data=data, backbone=BACKBONE, pretrained="random", root_key=ROOT_KEY))
+    runtime.prepare()
+    backbone, rng = runtime.backbone, np.random.default_rng(0)
+    shape = AdapterShape(backbone.dims)
+    about = []
+    for t in range(TENANTS):
+        with runtime.database.write() as connection:
+            tenant = catalog.create_tenant(connection, f"tenant-{t}", {})
+            key_id, key = keys.new_key()
+            catalog.add_key(connection, tenant.id, key_id, "search", keys.hash_key(key), None)
+        for c in range(EACH):
+            name = f"films-{t}-{c}"
+            with runtime.database.write() as connection:
+                collection = catalog.create_collection(connection, tenant, name, {}, backbone.fingerprint)
+            packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(EACH * t + c))
+            version = learning.publish(runtime, tenant.id, collection.id, packed, adapters_store.describe(packed))
+            frames = rng.normal(size=(VIDEOS, FRAMES, backbone.embed_dim)).astype(np.float16)
+            pooled = frames.astype(np.float32).mean(1)
+            pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+            videos = [f"vid_{t}_{c}_{i:04d}" for i in range(VIDEOS)]
+            with runtime.database.write() as connection:
+                generation = catalog.add_generation(
+                    connection, tenant.id, collection.id, version.id, backbone.fingerprint, None, "building"
+                )["id"]
+                for i, video in enumerate(videos):
+                    catalog.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])
+                    catalog.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
+                    row = {"ordinal": 0, "start": 0.0, "end": 5.0, "frames": frames[i].tobytes()}
+                    row["pooled"] = pooled[i].astype(np.float16).tobytes()
+                    catalog.add_segments(connection, tenant.id, video, generation, [row])
+                catalog.switch(connection, tenant.id, collection.id, generation)
+            place = data / "naive" / name
+            place.mkdir(parents=True)
+            (place / "adapter.safetensors").write_bytes(packed)
+            np.save(place / "frames.npy", frames)
+            about.append({"collection": name, "key": key, "videos": videos})
+    runtime.close()
+    (data / "naive" / "collections.json").write_text(json.dumps(about))
+
+
+def listings(data: Path) -> list[Listing]:
+    found = []
+    for entry in json.loads((data / "naive" / "collections.json").read_text()):
+        place = data / "naive" / entry["collection"]
+        frames = np.load(place / "frames.npy")
+        pooled = frames.astype(np.float32).mean(1)
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+        raw = [video.tobytes() for video in frames]
+        found.append(Listing(entry["collection"], entry["key"], place / "adapter.safetensors", entry["videos"], pooled, raw))
+    return found
+
+
+@contextmanager
+def ours(data: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "service.cli", "serve", "--data", str(data), "--port", str(port), "--no-worker"]
+    with served(command, f"http://127.0.0.1:{port}", "/healthz") as url:
+        yield url
+
+
+@contextmanager
+def naive(data: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "bench.naive", str(data), str(port)]
+    with served(command, f"http://127.0.0.1:{port}", "/openapi.json") as url:
+        yield url
+
+
+@contextmanager
+def served(command: list[str], url: str, path: str) -> Iterator[str]:
+    """A server for the length of the block."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "200"})
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if httpx.get(url + path).status_code == 200:
+                    break
+            except httpx.TransportError:
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command[2]} did not start") from None
+                time.sleep(0.2)
+        yield url
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,198 @@
+"""The path of a search inside one process: many adapters at once, too many at once, and callers that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import adapters_store
+from backbone import Adapter, AdapterShape, AdapterStack, q_score
+from backbone.batcher import BatcherFull, DeadlinePassed
+from service import catalog, learning
+from service.runtime import Runtime
+from service.search import Searcher
+from service.settings import Settings
+
+VIDEOS, FRAMES = 20, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A collection whose vectors and adapter the test knows."""
+
+    tenant: str
+    name: str
+    adapter: Adapter | None
+    frames: torch.Tensor  # (VIDEOS, FRAMES, D)
+    digest: str | None
+
+
+class House:
+    """A data folder with collections of random vectors, each with an adapter of its own, and room for few of them."""
+
+    def __init__(self, folder: Path, room: int, **settings: Any) -> None:
+        self.runtime = Runtime(Settings(data=folder, threads=1, adapter_bytes=1, **settings))
+        self.runtime.prepare()
+        size = AdapterStack.slot_bytes(self.runtime.backbone.dims, 16)
+        self.runtime.close()
+        self.runtime = Runtime(Settings(data=folder, threads=1, adapter_bytes=(room + 1) * size, **settings))
+        self.searcher = Searcher(self.runtime)
+        with self.runtime.database.write() as connection:
+            self.tenants = [catalog.create_tenant(connection, name, {}) for name in ("acme", "borealis")]
+
+    def add(self, number: int, rank: int | None = 8) -> Known:
+        backbone, tenant = self.runtime.backbone, self.tenants[number % 2]
+        rng = np.random.default_rng(number)
+        frames = rng.normal(size=(VIDEOS, FRAMES, backbone.embed_dim)).astype(np.float16)
+        pooled = frames.astype(np.float32).mean(1)
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+        name, digest, adapter, version = f"films-{number}", None, None, None
+        with self.runtime.database.write() as connection:
+            collection = catalog.create_collection(connection, tenant, name, {}, backbone.fingerprint)
+        if rank is not None:
+            shape = AdapterShape(backbone.dims, rank, 8)
+            tensors = {n: 20 * t for n, t in shape.initial(number).items()}
+            packed = adapters_store.pack(shape, backbone.fingerprint, tensors)
+            manifest = adapters_store.describe(packed)
+            version = learning.publish(self.runtime, tenant.id, collection.id, packed, manifest).id
+            adapter, digest = shape.assemble(tensors), manifest.digest
+        with self.runtime.database.write() as connection:
+            generation = collection.active_generation_id
+            if version is not None:
+                row = catalog.add_generation(
+                    connection, tenant.id, collection.id, version, backbone.fingerprint, None, "building"
+                )
+                generation = row["id"]
+                catalog.switch(connection, tenant.id, collection.id, generation)
+            for i in range(VIDEOS):
+                video = f"vid_{number}_{i}"
+                catalog.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", video, 1, {}, [])
+                catalog.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
+                row = {"ordinal": 0, "start": 0.0, "end": 5.0, "frames": frames[i].tobytes()}
+                row["pooled"] = pooled[i].astype(np.float16).tobytes()
+                catalog.add_segments(connection, tenant.id, video, generation, [row])
+        return Known(tenant.id, name, adapter, torch.from_numpy(frames.astype(np.float32)), digest)
+
+    def expected(self, known: Known, text: str) -> list[float]:
+        """Scores of all its videos, best first, encoded alone with the adapter as a plain argument."""
+        backbone = self.runtime.backbone
+        with torch.inference_mode():
+            query = backbone.encode_text(backbone.tokenize([text]).ids, known.adapter)
+            return sorted(q_score(query, known.frames)[0].tolist(), reverse=True)
+
+    async def scores(self, known: Known, text: str) -> list[float]:
+        found = await self.searcher.answer(known.tenant, known.name, text, wanted=VIDEOS)
+        assert {hit.video.collection_id for hit in found.hits} == {found.collection.id}
+        return [hit.score for hit in found.hits]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path / "data", room=3)
+    yield made
+    made.runtime.close()
+
+
+def test_a_storm_of_queries_over_more_adapters_than_there_is_room_for(house: House) -> None:
+    """Ranks differ, one is too large for the stack, one collection has no adapter; loads and evictions go on all the while."""
+    known = [house.add(n, rank) for n, rank in enumerate([8, 4, 16, 8, None, 2, 24, 8, 8, 3])]
+    rng = np.random.default_rng(0)
+    asked = [(known[rng.integers(len(known))], f"a {word} ball {rng.integers(40)}") for word in ["red", "blue"] * 60]
+
+    async def storm() -> list[list[float]]:
+        return await asyncio.gather(*(house.scores(*question) for question in asked))
+
+    for question, got in zip(asked, asyncio.run(storm()), strict=True):
+        assert got == pytest.approx(house.expected(*question), abs=1e-4)
+    counters = house.runtime.residency.counters
+    assert counters.evictions > 0 and counters.failures == 0
+    assert set(house.runtime.residency.states().values()) <= {"inactive", "offloaded"}, "every lease was given back"
+
+
+def test_queries_of_several_threads_share_batches(house: House) -> None:
+    known = [house.add(n) for n in range(3)]
+    house.searcher.search(known[0].tenant, known[0].name, "warm up")
+    before = house.runtime.texts.batches
+    with ThreadPoolExecutor(24) as pool:
+        asked = [(known[i % 3], f"text number {i}") for i in range(48)]
+        found = list(pool.map(lambda q: house.searcher.search(q[0].tenant, q[0].name, q[1], wanted=VIDEOS), asked))
+    for question, answer in zip(asked, found, strict=True):
+        assert [hit.score for hit in answer.hits] == pytest.approx(house.expected(*question), abs=1e-4)
+        assert {"queue", "encode", "search", "rescore", "total"} <= set(answer.timings_ms)
+    assert house.runtime.texts.batches - before < 48
+
+
+def test_the_same_text_is_encoded_once_for_an_adapter_and_anew_for_another(house: House) -> None:
+    first, second = house.add(0), house.add(2)
+    for _ in range(3):
+        house.searcher.search(first.tenant, first.name, "a red  ball ")
+        house.searcher.search(first.tenant, first.name, "a red ball")
+    assert (house.searcher.texts.misses, house.searcher.texts.hits) == (1, 5)
+    house.searcher.search(second.tenant, second.name, "a red ball")
+    assert house.searcher.texts.misses == 2
+
+
+def test_a_caller_that_goes_away_leaves_nothing_behind(house: House) -> None:
+    known = house.add(0)
+    batcher, started = house.runtime.texts, []
+
+    async def leave() -> None:
+        task = asyncio.create_task(house.scores(known, "never mind"))
+        while not house.runtime.residency.states():
+            await asyncio.sleep(0.001)
+        started.append(time.monotonic())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert house.searcher.search(known.tenant, known.name, "never mind").hits, "the next one computes it"
+    assert batcher.depth == 0
+    assert "active" not in house.runtime.residency.states().values()
+
+
+def test_a_pinned_collection_keeps_its_adapter_on_the_device(house: House) -> None:
+    known = [house.add(n) for n in range(6)]
+    with house.runtime.database.write() as connection:
+        collection = catalog.collection_named(connection, known[0].tenant, known[0].name)
+        catalog.change_collection(connection, known[0].tenant, collection.id, {"pinned": True})
+    for each in known:
+        house.searcher.search(each.tenant, each.name, "a red ball")
+    states = house.runtime.residency.states()
+    assert states[str(known[0].digest)] == "active"
+    assert sorted(states.values()).count("offloaded") == 3
+    with house.runtime.database.write() as connection:
+        catalog.change_collection(connection, known[0].tenant, collection.id, {})
+    house.searcher.search(known[0].tenant, known[0].name, "a red ball")
+    assert house.runtime.residency.states()[str(known[0].digest)] == "inactive"
+
+
+def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -> None:
+    house = House(tmp_path / "data", room=3, queue_texts=2, search_seconds=0.2)
+    known = house.add(0, rank=None)
+    backbone, encode = house.runtime.backbone, house.runtime.backbone.encode_text
+
+    def slow(*arguments: Any, **options: Any) -> torch.Tensor:
+        time.sleep(0.5)
+        return encode(*arguments, **options)
+
+    backbone.encode_text = slow  # type: ignore[method-assign]
+
+    async def crowd() -> list[Any]:
+        asked = (house.scores(known, f"text {i}") for i in range(6))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    outcomes = asyncio.run(crowd())
+    kinds = {type(outcome) for outcome in outcomes}
+    assert list in kinds and BatcherFull in kinds and kinds <= {list, BatcherFull, DeadlinePassed}
+    assert all(o.retry_after > 0 for o in outcomes if isinstance(o, BatcherFull))
+    house.runtime.close()
