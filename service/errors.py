@@ -111,7 +111,7 @@ def problem(
 def _handler(status: int, code: str) -> Any:
     def handle(request: Request, error: Exception) -> Response:
         detail = "the database does not answer" if isinstance(error, OperationalError) else str(error)
-        wait = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, BatcherFull) else None
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, BatcherFull) else None
         return problem(request, status, code, detail or "the answer took too long", headers=wait)
 
     return handle

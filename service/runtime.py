@@ -31,6 +31,8 @@ from service.catalog import Generation
 from service.database import Database
 from service.settings import Settings
 
+CLOSE_SECONDS = 5.0
+
 
 class OtherBackbone(RuntimeError):
     """The data folder, or a generation in it, was made with another backbone than the one at hand."""
@@ -214,9 +216,9 @@ class Runtime:
         return DecoderPool([Sandbox(limits) for _ in range(self.settings.decoders)])
 
     def close(self) -> None:
-        for name in ("_texts", "_frames", "_decoder", "_residency"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
+        for name in ("_texts", "_frames", "_decoder", "_residency"):  # a forward pass that hangs does not keep the process
+            if (part := self.__dict__.get(name)) is not None:
+                part.close(CLOSE_SECONDS) if isinstance(part, Batcher) else part.close()
         self.database.close()
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
 from backbone import TEMPERATURE
-from indexer.index import Candidate, IndexView, rescore
+from indexer.index import Candidate, IndexView, rescore, use_one_thread
 from service import catalog
 from service.catalog import Collection, Generation, Video
 from service.filters import matches
@@ -72,6 +72,7 @@ class Searcher:
     """Answers queries; safe to use from several threads and from an event loop at once."""
 
     def __init__(self, runtime: Runtime) -> None:
+        use_one_thread()
         self._runtime = runtime
         self.texts = TextCache(runtime.settings.text_cache_bytes)
         self._views: OrderedDict[str, IndexView] = OrderedDict()

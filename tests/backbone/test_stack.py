@@ -136,7 +136,8 @@ def test_slot_0_is_the_zero_adapter_always() -> None:
 def test_a_slot_after_a_copy_that_failed_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = AdapterStack(SMALL, 3)
     stack.write(2, FlatAdapter.of(made(9, 2), SMALL))
-    large, small = FlatAdapter.of(made(1, 2), SMALL), FlatAdapter.of(made(2, 3), SMALL)
+    large, middle, small = (FlatAdapter.of(made(i, kind), SMALL) for i, kind in enumerate((2, 0, 3)))
+    stack.write(1, large)
     copied = Tensor.copy_
 
     def torn(self: Tensor, source: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def test_a_slot_after_a_copy_that_failed_is_whole_again(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Tensor, "copy_", torn)
     with pytest.raises(RuntimeError, match="torn"):
-        stack.write(1, large)
+        stack.write(1, middle)
     monkeypatch.undo()
     stack.write(1, small)
     h = torch.randn(2, 3, 192)
