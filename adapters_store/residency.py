@@ -21,7 +21,7 @@ from types import TracebackType
 
 import torch
 
-from adapters_store.artifact import InvalidAdapter, unpack
+from adapters_store.artifact import Artifact, InvalidAdapter, unpack
 from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims
 from backbone.stack import rank_of
 
@@ -278,10 +278,7 @@ class Residency:
 
     def _load(self, entry: _Entry, fetch: Fetch) -> None:
         try:
-            data = fetch()
-            if hashlib.sha256(data).hexdigest() != entry.digest:
-                raise InvalidAdapter(f"the file of adapter {entry.digest[:12]} is damaged: its sha256 differs")
-            adapter = unpack(data).adapter(self._fingerprint)
+            adapter = _checked(fetch(), entry.digest).adapter(self._fingerprint)
             large = max(rank_of(adapter.visual), rank_of(adapter.text)) > self.stack.rank
             held = adapter if large else FlatAdapter.of(adapter, self.stack.dims, pinned=self.stack.device.type == "cuda")
         except BaseException as error:
@@ -364,6 +361,20 @@ def slots_of(leases: Sequence[Lease | None]) -> Adapters:
         return Slots(stack, torch.tensor([0 if lease is None else lease.slot or 0 for lease in leases]))
     distinct = {lease.digest: lease.adapter or stack.adapter(lease.slot or 0) for lease in held}
     return [None if lease is None else distinct[lease.digest] for lease in leases]
+
+
+def _checked(data: bytes, digest: str) -> Artifact:
+    """The adapter file of this digest; the sha256 is taken once, by `unpack`. Raises InvalidAdapter."""
+    try:
+        artifact = unpack(data)
+        intact = artifact.digest == digest
+    except InvalidAdapter:
+        if hashlib.sha256(data).hexdigest() == digest:
+            raise
+        intact = False
+    if not intact:
+        raise InvalidAdapter(f"the file of adapter {digest[:12]} is damaged: its sha256 differs")
+    return artifact
 
 
 def _nbytes(held: FlatAdapter | Adapter) -> int:

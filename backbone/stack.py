@@ -57,12 +57,15 @@ class FlatAdapter:
     def of(cls, adapter: Adapter, dims: TowerDims, pinned: bool = False) -> FlatAdapter:
         """A copy without gradient, in page-locked memory where `pinned`. Ranks may not exceed the towers' widths."""
         towers = [getattr(adapter, tower) for tower in TOWERS]
-        ranks = tuple(rank_of(tower) for tower in towers)
+        ranks = rank_of(adapter.visual), rank_of(adapter.text)
+        sizes = [_size(dims, tower, rank) for tower, rank in zip(TOWERS, ranks, strict=True) if rank]
         with torch.inference_mode(False), torch.no_grad():
-            parts = [blocks(t, rank).flatten() for t, rank in zip(towers, ranks, strict=True) if t is not None]
-            values = torch.empty(sum(part.numel() for part in parts), pin_memory=pinned)
-            torch.cat(parts, out=values)
-        return cls(values, dims, (ranks[0], ranks[1]))
+            flat = cls(torch.zeros(sum(torch.Size(size).numel() for size in sizes), pin_memory=pinned), dims, ranks)
+            for tower, rank, own in zip(towers, ranks, flat.towers(flat.values), strict=True):
+                if own is not None:
+                    own[:, 0, 0, :rank], own[:, 1:, 0] = tower.down_bias, tower.down_weight
+                    own[:, 0, 1], own[:, 1:, 1] = tower.up_bias, tower.up_weight.transpose(1, 2)
+        return flat
 
     def towers(self, values: Tensor) -> list[Tensor | None]:
         """Views (P, 1 + r, 2, d) of the towers in `values`, which may be a copy of this adapter's on another device."""

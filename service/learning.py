@@ -73,24 +73,32 @@ def train_adapter(runtime: Runtime, tenant: str, task: Task, progress: Callable[
     finally:
         shutil.rmtree(out, ignore_errors=True)
     metrics = version.manifest["metrics"]
-    before, after = (metrics[side]["text_to_video"]["R@1"] for side in ("before", "after"))
-    wanted = task.request["activate"]
-    reason = {
-        "always": "asked to activate in any case",
-        "never": "asked not to activate",
-        "if_better": f"validation R@1 is {after:g} with the adapter and {before:g} without one",
-    }[wanted]
-    activated = wanted == "always" or (wanted == "if_better" and after >= before)
+    activated, reason = verdict(metrics, task.request["activate"])
     result = {
         "adapter_id": version.id,
         "digest": version.digest,
-        "metrics": {"before": metrics["before"], "after": metrics["after"]},
+        "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain") if name in metrics},
         "activated": activated,
         "reason": reason,
     }
     if activated:
         result["generation_id"] = activate(runtime, tenant, collection_id, version.id, progress)
     return result
+
+
+def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
+    """Whether a trained adapter is activated, and why: `if_better` asks that its R@1 on the held-out videos is no worse than
+    that of what is in use now, measured on the same captions.
+    """
+    if wanted == "always":
+        return True, "asked to activate in any case"
+    if wanted == "never":
+        return False, "asked not to activate"
+    now, rival = ("in_use", "the adapter in use") if "in_use" in metrics else ("before", "no adapter")
+    before, after = (metrics[side]["text_to_video"]["R@1"] for side in (now, "after"))
+    gain = metrics["gain"]
+    sure = f"{gain['mean']:+.1f}, 95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}"
+    return after >= before, f"validation R@1 is {after:g}, and {before:g} with {rival} ({sure})"
 
 
 def activate(
@@ -178,6 +186,8 @@ def _train(
         dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl", stack)
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
         command += ["--backbone", runtime.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(runtime.device)]
+        if (rival := _in_use(runtime, tenant, collection_id, stack)) is not None:
+            command += ["--rival", str(rival)]
         if runtime.choice.pretrained is not None:
             command += ["--pretrained", runtime.choice.pretrained]
         child = subprocess.Popen(
@@ -204,6 +214,14 @@ def _train(
             words = " ".join(last_words).split("\n")[-1].strip()
             detail = f"the training process ended with status {child.returncode}. {words}"
             raise TrainingFailed("training_crashed", detail[:500])
+
+
+def _in_use(runtime: Runtime, tenant: str, collection_id: str, stack: ExitStack) -> Path | None:
+    """The file of the collection's active adapter, local while `stack` is open; None for the frozen backbone."""
+    with runtime.database.read() as connection:
+        known = catalog.generations_of(connection, tenant, collection_id)
+    digest = next((g.digest for g in known if g.state == "active"), None)
+    return None if digest is None else stack.enter_context(runtime.blobs.local(adapter_key(collection_id, digest)))
 
 
 def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path, stack: ExitStack) -> Path:

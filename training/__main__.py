@@ -58,6 +58,7 @@ def main(
     preset: Annotated[str | None, typer.Option(help="recipe to start from: paper")] = None,
     recipe: Annotated[str, typer.Option(help="recipe fields as a JSON object")] = "{}",
     parent: Annotated[Path | None, typer.Option(help="adapter file to go on from")] = None,
+    rival: Annotated[Path | None, typer.Option(help="adapter file, in use now, to be set against the new one")] = None,
     test: Annotated[bool, typer.Option("--test", help="evaluate the kept adapter on the test split at the end")] = False,
     report: Annotated[Path | None, typer.Option(help="HTML report to write, and JSON beside it")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="folder for TensorBoard's event files")] = None,
@@ -75,7 +76,7 @@ def main(
     try:
         with show:
             fields = {**({"preset": preset} if preset else {}), **_object(recipe)}
-            done = run(source, out, backbone, pretrained, fields, parent, device, show.report, test, report, tensorboard)
+            done = run(source, out, backbone, pretrained, fields, parent, device, show.report, test, report, tensorboard, rival)
     except Exception as error:
         code = _code(error)
         detail = " ".join(str(error).split()) or type(error).__name__
@@ -105,6 +106,7 @@ def run(
     test: bool = False,
     html: Path | None = None,
     tensorboard: Path | None = None,
+    rival_file: Path | None = None,
 ) -> dict[str, Any]:
     """Trains and publishes into `out`; returns `{digest, before, after, test, seconds}` (R@1, text to video, in per cent)."""
     import torch
@@ -113,7 +115,7 @@ def run(
     from backbone import load_backbone
     from training.ranks import Ranks
     from training.recipe import Recipe
-    from training.trainer import train
+    from training.trainer import Rival, train
 
     started = time.monotonic()
     corpus = source.corpus()
@@ -130,6 +132,10 @@ def run(
     if parent is not None:
         before = adapters_store.unpack(parent.read_bytes())
         before.adapter(backbone.fingerprint)
+    rival = None
+    if rival_file is not None:
+        known = adapters_store.unpack(rival_file.read_bytes())
+        rival = Rival(known.digest, known.adapter(backbone.fingerprint).to(backbone.device))
     start = before.tensors if before is not None and before.shape == shape else None
     with _alone(out, ranks.first) as scratch, _stop_signals() as stop, _logged(report, tensorboard, ranks.first) as tell:
         if ranks.first:
@@ -137,7 +143,9 @@ def run(
         ranks.wait()
         if not ranks.first:
             loaded = source.load(corpus, scratch, backbone.image_size, tell, decode=False)
-        trained = train(backbone, loaded, recipe, tell, start, folder=out, scratch=scratch, ranks=ranks, stop=stop)
+        trained = train(
+            backbone, loaded, recipe, tell, start, rival, folder=out, scratch=scratch, ranks=ranks, stop=stop
+        )
         done: dict[str, Any] = {}
         if ranks.first:
             tested = _test(backbone, loaded, recipe, trained) if test else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)  # validations
     losses: list[float] = field(default_factory=list)  # one a step
     best: dict[str, Any] = field(default_factory=dict)  # the point of the curve that is kept
+    rival: dict[str, Any] = field(default_factory=dict)  # the point of the adapter in use
+    hits: dict[str, list[float]] = field(default_factory=dict)  # of each validation caption: before, best, rival
     kept: dict[str, Tensor] = field(default_factory=dict)  # its tensors
 
 
@@ -41,7 +43,7 @@ def save(
         **{f"kept.{name}": t for name, t in progress.kept.items()},
         **moments,
     }
-    facts = {"run": run, "step": progress.step, "curve": progress.curve, "losses": progress.losses, "best": progress.best}
+    facts = {f.name: getattr(progress, f.name) for f in fields(progress) if f.name != "kept"} | {"run": run}
     write_tensors(path, everything, {"format": FORMAT, "progress": json.dumps(facts)})
 
 

@@ -209,13 +209,33 @@ def gain(
 ) -> Gain:
     """Paired bootstrap of R@1 of two systems on the same queries: before and after (Q, V), clusters as in `intervals`.
 
-    Each resample takes both systems' answers to the same queries, so what makes a query hard for both cancels out. The gain
-    is significant (two-sided, 5 %) where `low > 0`. Raises ValueError where the two did not answer the same queries.
+    Raises ValueError where the two did not answer the same queries.
     """
     if before.shape != after.shape:
         raise ValueError(f"the systems were measured on other data: {before.shape} and {after.shape} similarities")
-    difference = 100 * (_hits(*ranks(after, targets), 1) - _hits(*ranks(before, targets), 1))  # (Q,)
-    owner, count = _clusters(targets if groups is None else groups)
+    first, second = (hits_at_1(similarity, targets) for similarity in (before, after))
+    return gain_of_hits(first, second, targets if groups is None else groups, resamples, seed)
+
+
+def hits_at_1(similarity: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float64]:
+    """(Q,) probability that each query of similarity (Q, V) finds its target first, when ties fall at random."""
+    return _hits(*ranks(similarity, targets), 1)
+
+
+def gain_of_hits(
+    before: Sequence[float] | NDArray[np.float64],
+    after: Sequence[float] | NDArray[np.float64],
+    groups: Sequence[Hashable],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Gain:
+    """`gain` from the `hits_at_1` (Q,) of two systems.
+
+    Each resample takes both systems' answers to the same queries, so what makes a query hard for both cancels out. The gain
+    is significant (two-sided, 5 %) where `low > 0`.
+    """
+    difference = 100 * (np.asarray(after) - np.asarray(before))  # (Q,)
+    owner, count = _clusters(groups)
     table = np.stack([np.bincount(owner, difference, count), np.bincount(owner, minlength=count)], axis=1)  # (groups, 2)
     sums = np.concatenate([weights @ table for weights in _resamples(count, resamples, seed)])
     return Gain(round(float(difference.mean()), 2), *_bounds(sums[:, 0] / sums[:, 1]))

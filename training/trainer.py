@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from backbone import Adapter, AdapterShape, Backbone, Prefix, mean_pool, q_score
 from training import checkpoint
 from training.checkpoint import Progress
 from training.dataset import Dataset, InvalidDataset, Split
-from training.evaluation import Evaluation, evaluate
+from training.evaluation import evaluate, gain_of_hits, hits_at_1
 from training.inputs import Inputs, Part
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE, Ranks
@@ -37,10 +37,19 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Rival:
+    """The adapter in use, which a new one has to be as good as."""
+
+    digest: str
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """The best tensors of a run by validation R@1 (R@5, then the earlier step, break ties).
 
-    `shape` is None after full fine-tuning, whose tensors are the whole backbone's. `final` are the last step's.
+    `shape` is None after full fine-tuning, whose tensors are the whole backbone's. `final` are the last step's. `metrics`:
+    `before` (the frozen backbone), `in_use` (the rival), `after`, and the `gain` of R@1 over the one in use, with its interval.
     """
 
     shape: AdapterShape | None
@@ -98,6 +107,7 @@ def train(
     recipe: Recipe,
     report: Report,
     start: Mapping[str, Tensor] | None = None,
+    rival: Rival | None = None,
     *,
     folder: Path | None = None,
     scratch: Path | None = None,
@@ -106,7 +116,8 @@ def train(
 ) -> Trained:
     """Trains by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
 
-    `start`, tensors of the same shape, continues an adapter instead of a fresh one. `report` gets one dict an event:
+    `start`, tensors of the same shape, continues an adapter instead of a fresh one. `rival` is validated too, and the gain
+    told is over it instead of over the frozen backbone. `report` gets one dict an event:
     `{"event": "step" | "validation" | "resumed", …}`. With `folder`, the run keeps a checkpoint there and goes on from
     one that it finds; with `scratch`, what the frozen layers make of the data is cached there. `stop` is asked after
     each step.
@@ -130,20 +141,25 @@ def train(
     inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
     validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
     save_every = max(inputs.batches.per_epoch, steps // CHECKPOINTS)
-    run = _name_of(backbone, dataset, recipe, start, ranks)
+    run = _name_of(backbone, dataset, recipe, start, rival, ranks)
     path = None if folder is None else folder / "checkpoint.safetensors"
 
-    def validate(step: int) -> None:
-        adapter = learner.adapter() if step else None
+    def measure(model: Backbone, adapter: Adapter | None) -> tuple[dict[str, Any], list[float]]:
         found = evaluate(
-            learner.backbone, adapter, dataset.clips, split.validation, recipe.temperature,
-            words=recipe.words, pooling=recipe.pooling,
-        )  # fmt: skip
-        point = {"step": step, **summary(found)}
+            model, adapter, dataset.clips, split.validation, recipe.temperature, words=recipe.words, pooling=recipe.pooling
+        )
+        return found.to_json(), hits_at_1(found.similarity, found.targets).tolist()
+
+    def validate(step: int) -> None:
+        found, hits = measure(learner.backbone, learner.adapter() if step else None)
+        point = {"step": step, **found}
         done.curve.append(point)
         report({"event": "validation", "steps": steps, **point})
-        if step and (not done.best or _quality(point) > _quality(done.best)):
-            done.best, done.kept = point, {name: t.detach().cpu().clone() for name, t in learner.tensors.items()}
+        if not step:
+            done.hits["before"] = hits
+        elif not done.best or _quality(point) > _quality(done.best):
+            done.best, done.hits["best"] = point, hits
+            done.kept = {name: t.detach().cpu().clone() for name, t in learner.tensors.items()}
 
     def save() -> None:
         if path is not None and ranks.first:
@@ -155,6 +171,8 @@ def train(
         report({"event": "resumed", "step": done.step, "steps": steps})
     elif ranks.first:
         validate(0)  # the frozen backbone: zero-shot
+        if rival is not None:
+            done.rival, done.hits["rival"] = measure(backbone, rival.adapter)
     for step, parts in inputs.stream(done.step, steps):
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * schedule[step - 1]
@@ -179,7 +197,7 @@ def train(
             raise Stopped(f"stopped after step {step} of {steps}; run it again to go on")
     kept = {**backbone.weights(), **done.kept} if learner.shape is None else done.kept
     final = {name: t.detach().cpu() for name, t in learner.tensors.items()}
-    return Trained(learner.shape, kept, _metrics(done, split), final)
+    return Trained(learner.shape, kept, _metrics(done, split, rival), final)
 
 
 def backward(
@@ -223,10 +241,6 @@ def contrastive_loss(texts: Tensor, frames: Tensor, clips: Tensor, scale: float,
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def summary(found: Evaluation) -> dict[str, Any]:
-    return {"text_to_video": found.text_to_video.to_json(), "video_to_text": found.video_to_text.to_json()}
-
-
 def _on(backbone: Backbone, prefix: Prefix | None) -> Any:
     return None if prefix is None else Prefix(prefix.states.to(backbone.device), prefix.layers)
 
@@ -240,11 +254,16 @@ def _check(split: Split) -> None:
 
 
 def _name_of(
-    backbone: Backbone, dataset: Dataset, recipe: Recipe, start: Mapping[str, Tensor] | None, ranks: Ranks
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: Recipe,
+    start: Mapping[str, Tensor] | None,
+    rival: Rival | None,
+    ranks: Ranks,
 ) -> str:
     """Names everything that decides the outcome of a run: a checkpoint is of this run if its name is equal."""
     digest = hashlib.sha256()
-    facts = [backbone.fingerprint, dataset.digest(), recipe.to_json(), ranks.count]
+    facts = [backbone.fingerprint, dataset.digest(), recipe.to_json(), rival.digest if rival else None, ranks.count]
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted((start or {}).items()):
         digest.update(name.encode())
@@ -252,10 +271,10 @@ def _name_of(
     return digest.hexdigest()
 
 
-def _metrics(done: Progress, split: Split) -> dict[str, Any]:
+def _metrics(done: Progress, split: Split, rival: Rival | None) -> dict[str, Any]:
     directions = ("text_to_video", "video_to_text")
     losses = list(enumerate(done.losses, start=1))
-    return {
+    metrics: dict[str, Any] = {
         "before": {name: done.curve[0][name] for name in directions} if done.curve else {},
         "after": {name: done.best[name] for name in directions} if done.best else {},
         "best_step": done.best.get("step"),
@@ -268,6 +287,12 @@ def _metrics(done: Progress, split: Split) -> dict[str, Any]:
             "validation_pairs": len(split.validation),
         },
     }
+    if rival is not None and done.rival:
+        metrics["in_use"] = {"digest": rival.digest, **done.rival}
+    if done.best:
+        videos = [pair.video for pair in split.validation]
+        metrics["gain"] = asdict(gain_of_hits(done.hits["rival" if rival else "before"], done.hits["best"], videos))
+    return metrics
 
 
 def _quality(point: Mapping[str, Any]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from serving import Server, Tenant, clip
 
 from adapters_store import pack
 from backbone import AdapterShape, TowerDims
+from service.learning import verdict
 
 RECIPE = {"steps": 4, "batch_size": 8, "frames": 2, "evaluations": 1, "learning_rate": 0.05}
 
@@ -32,7 +33,7 @@ def test_a_trained_adapter_answers_the_searches(trained: tuple) -> None:
     tenant, collection, result, before = trained
     assert result["activated"] is True and result["adapter_id"].startswith("adp_")
     assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result["metrics"]["before"]["text_to_video"])
-    assert set(result["metrics"]) == {"before", "after"}
+    assert set(result["metrics"]) == {"before", "after", "gain"}
     pool = tenant.search(collection)["search_pool"]
     assert pool["adapter"] == result["adapter_id"] and pool["generation"] == result["generation_id"]
     assert pool["total_videos"] == 12
@@ -62,6 +63,38 @@ def test_back_to_the_frozen_backbone_and_forth_again(trained: tuple) -> None:
     assert late in tenant.found(collection), "a video that came while the generation was retired"
     assert [row for row in scores(tenant, collection) if row[0] != late] == after
     tenant.call("DELETE", f"/collections/{collection}/videos/{late}")
+
+
+def test_the_next_adapter_is_set_against_the_one_in_use(trained: tuple) -> None:
+    tenant, collection, first, _ = trained
+    tenant.done(tenant.post(f"/admin/collections/{collection}/activate", {"adapter_id": first["adapter_id"]}))
+    body = {"recipe": {**RECIPE, "seed": 7}, "activate": "never"}
+    result = tenant.done(tenant.post(f"/admin/collections/{collection}/adapters", body))
+    assert result["metrics"]["in_use"]["digest"] == first["digest"]
+    assert result["metrics"]["in_use"]["text_to_video"] == first["metrics"]["after"]["text_to_video"], "same videos"
+    assert not result["activated"]
+    assert tenant.search(collection)["search_pool"]["adapter"] == first["adapter_id"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "after", "in_use", "activated"),
+    [
+        ("if_better", 40.0, None, True),
+        ("if_better", 20.0, None, True),
+        ("if_better", 19.9, None, False),
+        ("if_better", 40.0, 50.0, False),
+        ("if_better", 50.0, 50.0, True),
+        ("always", 0.0, 50.0, True),
+        ("never", 90.0, 50.0, False),
+    ],
+)
+def test_the_gate(wanted: str, after: float, in_use: float | None, activated: bool) -> None:
+    metrics = {name: {"text_to_video": {"R@1": value}} for name, value in (("before", 20.0), ("after", after))}
+    if in_use is not None:
+        metrics["in_use"] = {"text_to_video": {"R@1": in_use}}
+    decided, reason = verdict({**metrics, "gain": {"mean": 1.0, "low": -2.0, "high": 4.0}}, wanted)
+    assert decided is activated
+    assert wanted != "if_better" or ("-2.0 to +4.0" in reason and f"{after:g}" in reason)
 
 
 def test_weights_move_to_another_collection_and_give_the_same_scores(trained: tuple) -> None:

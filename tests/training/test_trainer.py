@@ -15,7 +15,7 @@ from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import Learner, Stopped, Trained, TrainingDiverged, backward, contrastive_loss, train
+from training.trainer import Learner, Rival, Stopped, Trained, TrainingDiverged, backward, contrastive_loss, train
 
 COLOURS = {
     "crimson": (220, 20, 40),
@@ -73,6 +73,19 @@ def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(ba
     assert trained.metrics["before"]["text_to_video"] == curve[0]["text_to_video"]
     assert trained.metrics["after"]["text_to_video"]["R@1"] == max(p["text_to_video"]["R@1"] for p in curve[1:])
     assert not set(trained.metrics["data"]["validation_videos"]) & {"nothing"}
+
+
+def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(backbone: Backbone, tmp_path: Path) -> None:
+    first = train(backbone, colours(), RECIPE, quiet)
+    _, adapter = first.on(backbone)
+    assert adapter is not None
+    over_nothing = first.metrics["after"]["text_to_video"]["R@1"] - first.metrics["before"]["text_to_video"]["R@1"]
+    assert first.metrics["gain"]["mean"] == pytest.approx(over_nothing, abs=0.02)
+    with pytest.raises(Stopped):
+        train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path, stop=lambda: True)
+    second = train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path)
+    assert second.metrics["in_use"] == {"digest": "a" * 64, **first.metrics["after"]}
+    assert second.metrics["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}, "the same seed, the same adapter"
 
 
 def test_the_same_seed_gives_the_same_adapter(backbone: Backbone) -> None:
