@@ -271,12 +271,12 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
         own = hit_table(rows)
         same = json.loads(rows[0]["name"])["recipe"].get("method") == "full"
         gap = "" if same or len(rows) != len(full) else str(score(own - hit_table(full)))
-        step, memory = cost.get(way_of(json.loads(rows[0]["name"])["recipe"]), (np.nan, np.nan))
+        costs_told = [f"{c:.2f}" for c in cost.get(way_of(json.loads(rows[0]["name"])["recipe"]), ())] or ["–", "–"]
         means = [np.mean([r["test"][k] for r in rows]) for k in ("R@5", "R@10", "MnR")]
         back = np.mean([r["video_to_text"]["R@1"] for r in rows])
         seeds = " ".join(f"{s:.1f}" for s in score(own).seeds)
         spread = [f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[2]:.1f}", f"{back:.1f}"]
-        return [label, f"{rows[0]['parameters']:,}", str(score(own)), seeds, gap, *spread, f"{step:.2f}", f"{memory:.2f}"]
+        return [label, f"{rows[0]['parameters']:,}", str(score(own)), seeds, gap, *spread, *costs_told]
 
     head = ("", "tuned", "R@1 [95 %]", "by seed", "less full", "R@5", "R@10", "MnR", "V→T R@1", "step", "memory")
     parts = []
@@ -290,7 +290,7 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
             parts.append(f"### {world}, {pairs} pairs\n\n{table(head, [zero, *lines])}")
     sizes = {f"r {r}, d_s 16": {**BOTH, "rank": r} for r in (2, 4, 16)} | {"r 8, d_s 64": {**BOTH, "shared": 64}}
     sizes = {"r 8, d_s 16": BOTH, "r 8, d_s 0": UNSHARED, **sizes, "r 8, d_s 16, the paper's start": {**BOTH, "start": "small"}}
-    sizes |= {f"r 8, d_s 16, in the last {k} blocks": {**BOTH, "layers": k} for k in (1, 2)}
+    sizes |= {f"r 8, d_s 16, last {k} of 4 layers": {**BOTH, "layers": k} for k in (1, 2)}
     full = of("archive", FULL)
     lines = [found for label, recipe in sizes.items() if (found := line(label, of("archive", recipe), full))]
     parts.append(f"### archive, 200 pairs: sizes\n\n{table(head, lines)}")
@@ -307,8 +307,15 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
     plots: dict[str, Callable[[], str]] = {
         "pairs": lambda: line_plot(
             {
-                label: [(n, *point(score(hit_table(rows)))) for n in (50, 200, 800) if (rows := of("archive", recipe, n))]
-                for label, recipe in (("adapter", BOTH), ("full fine-tuning", FULL))
+                label: [
+                    (n, *point(score(hit_table(rows))))
+                    for n, recipe in recipes.items()
+                    if (rows := of("archive", recipe, n))
+                ]
+                for label, recipes in {
+                    "adapter": {50: LOW_BOTH, 200: BOTH, 800: BOTH},
+                    "full fine-tuning": {50: LOW_FULL, 200: FULL, 800: FULL},
+                }.items()
             },
             "training pairs", "R@1", "archive: R@1 by training pairs", log_x=True,
         ),

@@ -130,7 +130,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": 8,
         "shared": 16,
         "start": "small",
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "weight_decay": 0.2,
         "bias_correction": False,
         "batch_size": 128,

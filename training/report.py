@@ -122,7 +122,11 @@ def write_json(
 def line_plot(
     series: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str, title: str, log_x: bool = False
 ) -> str:
-    """An SVG file's text: a line for each series with its interval, as error bars (as a band from 13 points on)."""
+    """An SVG file's text: a line for each series with its interval, as error bars (as a band from 13 points on).
+
+    A series without points is left out.
+    """
+    series = {name: points for name, points in series.items() if points}
 
     def draw(axes: Axes) -> None:
         for number, (name, points) in enumerate(series.items()):
