@@ -71,6 +71,7 @@ def read_frames(path: Path) -> NDArray[Any]:
     except Exception as error:  # a header that numpy cannot parse raises whatever its parsers raise
         raise InvalidFrames(f"{path}: not a .npy file of numbers") from error
     if not isinstance(pixels, np.ndarray):
+        pixels.close()
         raise InvalidFrames(f"{path}: an archive of arrays; one array is wanted, as .npy")
     if pixels.dtype not in (np.uint8, np.float32):
         raise InvalidFrames(f"{path}: frames must be float32 or uint8, not {pixels.dtype}")
