@@ -41,7 +41,7 @@ def run() -> list[Row]:
     for name, (pretrained, batch) in BACKBONES.items():
         with tempfile.TemporaryDirectory() as folder:
             steps = {way: step(name, pretrained, batch, way, Path(folder) / str(i)) for i, way in enumerate(WAYS)}
-            found = compare(steps, naive="full fine-tuning", rounds=7, warmup=1)
+            found = compare(steps, naive="full fine-tuning", rounds=3, warmup=1)
         for row in found:
             memory = peak(name, row.what)
             what = f"{name}, {batch} pairs: {row.what} ({memory:.0f} MB)"
