@@ -63,9 +63,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def write_text(path: Path, text: str) -> None:
     """A text file, written aside, synced, then put in place."""
-    aside = path.with_suffix(".part")
+    aside = path.with_name(f".{path.name}.part")
     try:
-        with aside.open("w") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from training.checkpoint import write_text
 from training.dataset import Pair
 from training.evaluation import METRICS, Evaluation, Gain, Recall, expected_ranks, gain
 
@@ -96,7 +96,7 @@ def write_report(
         judged=own[-1] if own else None,
         failures=_worst(measured[own[-1]], pairs, thumbnails, worst) if own else [],
     )
-    _replace(path, html)
+    write_text(path, html)
 
 
 def write_json(
@@ -116,7 +116,7 @@ def write_json(
         "curve": list(curve or ()),
         "loss": [list(point) for point in loss or ()],
     }
-    _replace(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def line_plot(
@@ -283,18 +283,6 @@ def _worst(found: Evaluation, pairs: Sequence[Pair], thumbnails: Thumbnails | No
             }
         )
     return failures
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 SVG_STYLE = (
