@@ -1,0 +1,102 @@
+"""Tenants, their keys, what they use and may use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, func, insert, select, update
+
+from service.catalog.rows import AlreadyExists, NotFound, QuotaExceeded, checked_name, record
+from service.records import adapters, api_keys, collections, new_id, now, tenants, videos
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    id: str
+    name: str
+    quotas: Mapping[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    id: str
+    tenant_id: str
+    role: str
+    hash: str
+    created_at: str
+    expires_at: str | None
+    last_used_at: str | None
+    revoked_at: str | None
+
+
+def create_tenant(connection: Connection, name: str, quotas: Mapping[str, Any]) -> Tenant:
+    tenant = Tenant(new_id("ten"), checked_name(name), dict(quotas), now())
+    if connection.scalar(select(tenants.c.id).where(tenants.c.name == name)):
+        raise AlreadyExists("tenant", name)
+    connection.execute(insert(tenants).values(id=tenant.id, name=name, quotas=tenant.quotas, created_at=tenant.created_at))
+    return tenant
+
+
+def tenant_named(connection: Connection, name: str) -> Tenant:
+    row = connection.execute(select(tenants).where(tenants.c.name == name)).mappings().first()
+    if row is None:
+        raise NotFound("tenant", name)
+    return record(Tenant, row)
+
+
+def tenant_of_key(connection: Connection, key_id: str) -> tuple[Tenant, ApiKey] | None:
+    key = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).mappings().first()
+    if key is None:
+        return None
+    tenant = connection.execute(select(tenants).where(tenants.c.id == key["tenant_id"])).mappings().one()
+    return record(Tenant, tenant), record(ApiKey, key)
+
+
+def add_key(connection: Connection, tenant: str, key_id: str, role: str, hashed: str, expires_at: str | None) -> ApiKey:
+    key = ApiKey(key_id, tenant, role, hashed, now(), expires_at, None, None)
+    values = {name: getattr(key, name) for name in ApiKey.__dataclass_fields__}
+    connection.execute(insert(api_keys).values(**values))
+    return key
+
+
+def keys(connection: Connection, tenant: str) -> list[ApiKey]:
+    rows = connection.execute(select(api_keys).where(api_keys.c.tenant_id == tenant).order_by(api_keys.c.created_at))
+    return [record(ApiKey, row) for row in rows.mappings()]
+
+
+def revoke_key(connection: Connection, tenant: str, key_id: str) -> None:
+    mine = and_(api_keys.c.tenant_id == tenant, api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+    if not connection.execute(update(api_keys).where(mine).values(revoked_at=now())).rowcount:
+        raise NotFound("key", key_id)
+
+
+def key_used(connection: Connection, tenant: str, key_id: str) -> None:
+    mine = and_(api_keys.c.tenant_id == tenant, api_keys.c.id == key_id)
+    connection.execute(update(api_keys).where(mine).values(last_used_at=now()))
+
+
+def usage(connection: Connection, tenant: str) -> dict[str, int]:
+    """What counts against the quotas."""
+    alive = and_(videos.c.tenant_id == tenant, videos.c.deleted_at.is_(None))
+    count, size = connection.execute(select(func.count(), func.coalesce(func.sum(videos.c.size), 0)).where(alive)).one()
+    mine = and_(collections.c.tenant_id == tenant, collections.c.deleted_at.is_(None))
+    return {
+        "collections": connection.scalar(select(func.count()).select_from(collections).where(mine)) or 0,
+        "videos": count,
+        "bytes": int(size),
+        "adapters": connection.scalar(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant)) or 0,
+    }
+
+
+def check_quota(connection: Connection, tenant: Tenant, **more: int) -> None:
+    """Raises QuotaExceeded if `more` of something (videos, bytes, collections) would pass the tenant's quota."""
+    if not any(tenant.quotas.get(f"max_{what}") is not None for what in more):
+        return
+    used = usage(connection, tenant.id)
+    for what, count in more.items():
+        limit = tenant.quotas.get(f"max_{what}")
+        if limit is not None and used[what] + count > limit:
+            raise QuotaExceeded(f"the tenant may have {limit} {what} and has {used[what]}")

@@ -1,0 +1,187 @@
+"""Videos and their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, delete, func, insert, select, update
+
+from service.catalog.collections import lock_collection
+from service.catalog.generations import vector_sets
+from service.catalog.rows import NotFound, Page, page, record
+from service.catalog.tasks import Task, add_task
+from service.records import captions, new_id, now, segments, videos
+
+IN_PROGRESS = ("pending", "validating", "queued", "indexing")
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    text: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    id: str
+    tenant_id: str
+    collection_id: str
+    task_id: str
+    filename: str
+    sha256: str
+    size: int
+    status: str
+    error: Mapping[str, Any] | None
+    media: Mapping[str, Any] | None
+    metadata: Mapping[str, Any]
+    created_at: str
+    updated_at: str
+    deleted_at: str | None
+
+
+def add_video(
+    connection: Connection,
+    tenant: str,
+    collection: str,
+    video: str,
+    filename: str,
+    sha256: str,
+    size: int,
+    metadata: Mapping[str, Any],
+    texts: Sequence[Caption],
+) -> Task:
+    """A pending video and its indexing task."""
+    task = add_task(connection, tenant, collection, "index_video", {"video_id": video})
+    stamp = now()
+    connection.execute(
+        insert(videos).values(
+            id=video,
+            tenant_id=tenant,
+            collection_id=collection,
+            task_id=task.id,
+            filename=filename,
+            sha256=sha256,
+            size=size,
+            status="pending",
+            metadata=dict(metadata),
+            created_at=stamp,
+            updated_at=stamp,
+        )
+    )
+    set_captions(connection, tenant, video, texts)
+    return task
+
+
+def video(connection: Connection, tenant: str, video_id: str, collection: str | None = None) -> Video:
+    """A video that is not deleted; with `collection`, only if it is in that one."""
+    mine = and_(videos.c.tenant_id == tenant, videos.c.id == video_id, videos.c.deleted_at.is_(None))
+    row = connection.execute(select(videos).where(mine)).mappings().first()
+    if row is None or (collection is not None and row["collection_id"] != collection):
+        raise NotFound("video", video_id)
+    return record(Video, row)
+
+
+def signed_video(connection: Connection, video_id: str) -> Video:
+    """A video by id alone: only for a URL whose signature, made for the tenant's own caller, names this id."""
+    row = connection.execute(select(videos).where(videos.c.id == video_id, videos.c.deleted_at.is_(None))).mappings().first()
+    if row is None:
+        raise NotFound("video", video_id)
+    return record(Video, row)
+
+
+def videos_by_id(connection: Connection, tenant: str, ids: Iterable[str]) -> dict[str, Video]:
+    mine = and_(videos.c.tenant_id == tenant, videos.c.id.in_(list(ids)), videos.c.deleted_at.is_(None))
+    return {row["id"]: record(Video, row) for row in connection.execute(select(videos).where(mine)).mappings()}
+
+
+def videos_of(connection: Connection, tenant: str, collection: str, status: str) -> list[Video]:
+    mine = and_(
+        videos.c.tenant_id == tenant,
+        videos.c.collection_id == collection,
+        videos.c.status == status,
+        videos.c.deleted_at.is_(None),
+    )
+    return [record(Video, row) for row in connection.execute(select(videos).where(mine).order_by(videos.c.id)).mappings()]
+
+
+def twin(connection: Connection, tenant: str, collection: str, sha256: str) -> Video | None:
+    """A video of the collection with the same bytes that did not fail."""
+    mine = and_(
+        videos.c.tenant_id == tenant,
+        videos.c.collection_id == collection,
+        videos.c.sha256 == sha256,
+        videos.c.deleted_at.is_(None),
+        videos.c.status != "failed",
+    )
+    row = connection.execute(select(videos).where(mine).order_by(videos.c.id)).mappings().first()
+    return None if row is None else record(Video, row)
+
+
+def list_videos(
+    connection: Connection, tenant: str, collection: str, status: str | None, limit: int, after: str | None
+) -> Page:
+    query = select(videos).where(
+        videos.c.tenant_id == tenant, videos.c.collection_id == collection, videos.c.deleted_at.is_(None)
+    )
+    if status is not None:
+        query = query.where(videos.c.status == status)
+    return page(connection, query, Video, videos.c.id, limit, after)
+
+
+def set_video(connection: Connection, tenant: str, video_id: str, **values: Any) -> bool:
+    """Changes status, error or media; False if the video is gone."""
+    mine = and_(videos.c.tenant_id == tenant, videos.c.id == video_id, videos.c.deleted_at.is_(None))
+    return bool(connection.execute(update(videos).where(mine).values(updated_at=now(), **values)).rowcount)
+
+
+def mark_video_deleted(connection: Connection, tenant: str, video_id: str) -> None:
+    """The video leaves every list now, and every index by a tombstone in each vector set of its collection."""
+    gone = video(connection, tenant, video_id)
+    lock_collection(connection, tenant, gone.collection_id)
+    set_video(connection, tenant, video_id, deleted_at=now())
+    connection.execute(delete(segments).where(segments.c.video_id == video_id))
+    for vector_set in vector_sets(connection, tenant, gone.collection_id):
+        connection.execute(insert(segments).values(vector_set=vector_set, video_id=video_id, ordinal=-1))
+
+
+def set_captions(connection: Connection, tenant: str, video_id: str, texts: Sequence[Caption]) -> None:
+    mine = select(videos.c.id).where(videos.c.tenant_id == tenant, videos.c.id == video_id)
+    connection.execute(delete(captions).where(captions.c.video_id.in_(mine)))
+    for position, caption in enumerate(texts):
+        connection.execute(
+            insert(captions).values(
+                id=new_id("cap"), video_id=video_id, position=position, text=caption.text, start=caption.start, end=caption.end
+            )
+        )
+
+
+def captions_of(connection: Connection, tenant: str, video_ids: Iterable[str]) -> dict[str, list[Caption]]:
+    """Captions of each of these videos, in the order in which they were given."""
+    found: dict[str, list[Caption]] = {video_id: [] for video_id in video_ids}
+    query = (
+        select(captions.c.video_id, captions.c.text, captions.c.start, captions.c.end)
+        .join(videos, videos.c.id == captions.c.video_id)
+        .where(videos.c.tenant_id == tenant, captions.c.video_id.in_(list(found)))
+        .order_by(captions.c.video_id, captions.c.position)
+    )
+    for video_id, text, start, end in connection.execute(query):
+        found[video_id].append(Caption(text, start, end))
+    return found
+
+
+def captioned_videos(connection: Connection, tenant: str, collection: str) -> int:
+    """Ready videos with at least one caption."""
+    query = (
+        select(func.count(func.distinct(captions.c.video_id)))
+        .join(videos, videos.c.id == captions.c.video_id)
+        .where(
+            videos.c.tenant_id == tenant,
+            videos.c.collection_id == collection,
+            videos.c.deleted_at.is_(None),
+            videos.c.status == "ready",
+        )
+    )
+    return connection.scalar(query) or 0
