@@ -54,6 +54,7 @@ tenants = Table(
     Column("name", String, nullable=False, unique=True),
     Column("quotas", JSON, nullable=False),
     Column("created_at", String, nullable=False),
+    Column("deleted_at", String),
 )
 
 api_keys = Table(
@@ -133,6 +134,7 @@ adapters = Table(
     Column("digest", String, nullable=False),
     Column("manifest", JSON, nullable=False),
     Column("created_at", String, nullable=False),
+    Column("deleted_at", String),
     UniqueConstraint("collection_id", "digest"),
     UniqueConstraint("collection_id", "version"),
 )
@@ -149,6 +151,7 @@ generations = Table(
     Column("state", String, nullable=False),  # building, active, retired
     Column("created_at", String, nullable=False),
     Column("activated_at", String),
+    Column("retired_at", String),
 )
 
 segments = Table(
@@ -181,6 +184,8 @@ tasks = Table(
     Column("error", JSON),
     Column("result", JSON),
     Column("cancel_requested", Boolean, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),  # starts, the one that runs included
+    Column("revision", Integer, nullable=False, server_default="0"),  # counts the changes of this row: the id of its events
     Column("created_at", String, nullable=False),
     Column("started_at", String),
     Column("finished_at", String),

@@ -24,6 +24,7 @@ class Generation:
     state: str
     created_at: str
     activated_at: str | None
+    retired_at: str | None
     digest: str | None
 
 
