@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import adapter_swap, mixed_batch, search_path, serving, training_step
+from bench import adapter_swap, footprint, indexing, many_adapters, mixed_batch, search_path, serving, training_step
 from bench.timing import Row
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +20,9 @@ BENCHES = {
     "adapter_swap": adapter_swap,
     "search_path": search_path,
     "serving": serving,
+    "many_adapters": many_adapters,
+    "indexing": indexing,
+    "footprint": footprint,
     "training_step": training_step,
 }
 

@@ -1,7 +1,9 @@
 """Searches over HTTP, ViT-B/32 with random weights, 64 collections of 8 tenants, each with an adapter of its own and 200
 videos: closed-loop clients that each ask a new text of about 12 tokens, of collections drawn uniformly or by zipf's law. Our
 service and the naive one (`bench/naive.py`) take turns on the same machine, which also runs the clients. A row's time is that
-of one query; the ratio is of queries a second, ours to the naive one's, at as many clients: there, more is faster."""
+of one query; the ratio is of queries a second, ours to the naive one's, at as many clients: there, more is faster. Then where
+one query's time goes with one client: the stages as the answer's `timings_ms` tells them, and what HTTP, the framework and the
+client add to their sum."""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import numpy as np
@@ -46,7 +49,7 @@ class Listing:
 
 
 def run() -> list[Row]:
-    rows = []
+    rows, of_one = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         fill(data)
@@ -58,8 +61,9 @@ def run() -> list[Row]:
                     for name, url in (("naive", theirs), ("ours", mine)):
                         asyncio.run(load(url, targets, law, clients, 1.5))
                         measured[name] = asyncio.run(load(url, targets, law, clients, SECONDS))
-                    rates = {name: len(times) / SECONDS for name, times in measured.items()}
-                    for name, times in measured.items():
+                    rates = {name: len(asked) / SECONDS for name, asked in measured.items()}
+                    for name, asked in measured.items():
+                        times = [query.milliseconds for query in asked]
                         p50, p95, p99 = np.percentile(times, (50, 95, 99))
                         tail = f"p95 {p95:.0f} ms, p99 {p99:.0f} ms"
                         what = f"{law}, {clients} clients, {name}: {rates[name]:.1f} queries/s, {tail}"
@@ -67,15 +71,37 @@ def run() -> list[Row]:
                         against = "of the naive queries/s" if name == "ours" else "(naive)"
                         ratio = rates[name] / rates["naive"]
                         rows.append(Row(what, float(p50), float(low), float(high), ratio, against))
+                    if clients == 1:
+                        of_one = split(measured["ours"])
+    return rows + of_one
+
+
+def split(asked: list[Asked]) -> list[Row]:
+    """Where the time of one query goes."""
+    whole = float(np.median([query.milliseconds for query in asked]))
+    stages = {name: [query.stages[name] for query in asked] for name in asked[0].stages if name != "total"}
+    stages["HTTP, framework, client"] = [query.milliseconds - query.stages["total"] for query in asked]
+    rows = []
+    for name, times in stages.items():
+        low, p50, high = np.percentile(times, (10, 50, 90)).tolist()
+        rows.append(Row(f"1 client, ours: {name}", p50, low, high, p50 / whole, "of the whole query"))
     return rows
 
 
-async def load(url: str, targets: list[tuple[str, str]], law: str, clients: int, seconds: float) -> list[float]:
-    """Milliseconds of each query that was answered within the time. Raises RuntimeError for any answer but 200."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A query as its client saw it; `stages` as the answer told them."""
+
+    milliseconds: float
+    stages: dict[str, float]
+
+
+async def load(url: str, targets: list[tuple[str, str]], law: str, clients: int, seconds: float) -> list[Asked]:
+    """The queries that were answered within the time. Raises RuntimeError for any answer but 200."""
     rng = np.random.default_rng(clients)
     weights = 1 / np.arange(1, len(targets) + 1) if law == "zipf" else np.ones(len(targets))
     weights /= weights.sum()
-    times: list[float] = []
+    asked: list[Asked] = []
     end = time.perf_counter() + seconds
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
@@ -88,13 +114,15 @@ async def load(url: str, targets: list[tuple[str, str]], law: str, clients: int,
                 if answer.status_code != 200:
                     raise RuntimeError(f"{answer.status_code}: {answer.text:.300}")
                 if (now := time.perf_counter()) < end:
-                    times.append(1000 * (now - started))
+                    asked.append(Asked(1000 * (now - started), answer.json().get("timings_ms", {})))
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    return times
+    return asked
 
 
-def fill(data: Path) -> None:
+def fill(
+    data: Path, tenants: int = TENANTS, each: int = EACH, videos_each: int = VIDEOS, scope: Literal["both", "text"] = "both"
+) -> None:
     """Tenants, collections, adapters and random vectors, through the catalog; what the naive service needs, beside it."""
     import adapters_store
     from backbone import AdapterShape
@@ -105,23 +133,23 @@ def fill(data: Path) -> None:
     runtime = Runtime(Settings(data=data, backbone=BACKBONE, pretrained="random", root_key=ROOT_KEY))
     runtime.prepare()
     backbone, rng = runtime.backbone, np.random.default_rng(0)
-    shape = AdapterShape(backbone.dims)
+    shape = AdapterShape(backbone.dims, scope=scope, shared=16 if scope == "both" else 0)
     about = []
-    for t in range(TENANTS):
+    for t in range(tenants):
         with runtime.database.write() as connection:
             tenant = catalog.create_tenant(connection, f"tenant-{t}", {})
             key_id, key = keys.new_key()
             catalog.add_key(connection, tenant.id, key_id, "search", keys.hash_key(key), None)
-        for c in range(EACH):
+        for c in range(each):
             name = f"films-{t}-{c}"
             with runtime.database.write() as connection:
                 collection = catalog.create_collection(connection, tenant, name, {}, backbone.fingerprint)
-            packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(EACH * t + c))
+            packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(each * t + c))
             version = learning.publish(runtime, tenant.id, collection.id, packed, adapters_store.describe(packed))
-            frames = rng.normal(size=(VIDEOS, FRAMES, backbone.embed_dim)).astype(np.float16)
+            frames = rng.normal(size=(videos_each, FRAMES, backbone.embed_dim)).astype(np.float16)
             pooled = frames.astype(np.float32).mean(1)
             pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-            videos = [f"vid_{t}_{c}_{i:04d}" for i in range(VIDEOS)]
+            videos = [f"vid_{t}_{c}_{i:04d}" for i in range(videos_each)]
             with runtime.database.write() as connection:
                 generation = catalog.add_generation(
                     connection, tenant.id, collection.id, version.id, backbone.fingerprint, None, "building"
@@ -155,10 +183,12 @@ def listings(data: Path) -> list[Listing]:
 
 
 @contextmanager
-def ours(data: Path) -> Iterator[str]:
+def ours(data: Path, **settings: int) -> Iterator[str]:
+    """Our service; `settings` by their names."""
     port = free_port()
     command = [sys.executable, "-m", "service.cli", "serve", "--data", str(data), "--port", str(port), "--no-worker"]
-    with served(command, f"http://127.0.0.1:{port}", "/healthz") as url:
+    environment = {f"POLYCLIP_{name.upper()}": str(value) for name, value in settings.items()}
+    with served(command, f"http://127.0.0.1:{port}", "/healthz", environment) as url:
         yield url
 
 
@@ -171,9 +201,11 @@ def naive(data: Path) -> Iterator[str]:
 
 
 @contextmanager
-def served(command: list[str], url: str, path: str) -> Iterator[str]:
+def served(command: list[str], url: str, path: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """A server for the length of the block."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "200"})
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})}
+    )
     try:
         deadline = time.monotonic() + 120
         while True:
