@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -11,33 +12,43 @@ from pathlib import Path
 
 import torch
 
-from bench import adapter_swap, footprint, indexing, many_adapters, mixed_batch, search_path, serving, training_step
+    adapter_swap,
+    beside_jobs,
+    footprint,
+    indexing,
+    many_adapters,
+    mixed_batch,
+    search_path,
+    serving,
+    training_step,
+)
 from bench.timing import Row
 
 ROOT = Path(__file__).parent.parent
-BENCHES = {
-    "mixed_batch": mixed_batch,
-    "adapter_swap": adapter_swap,
-    "search_path": search_path,
-    "serving": serving,
-    "many_adapters": many_adapters,
-    "indexing": indexing,
-    "footprint": footprint,
-    "training_step": training_step,
-}
+BENCHES = (
+    "mixed_batch",
+    "adapter_swap",
+    "many_adapters",
+    "search_path",
+    "serving",
+    "beside_jobs",
+    "indexing",
+    "training_step",
+    "footprint",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(BENCHES)}; default: all")
-    names = parser.parse_args().names or list(BENCHES)
+    names = parser.parse_args().names or BENCHES
     if unknown := [name for name in names if name not in BENCHES]:
         parser.error(f"unknown bench {unknown[0]!r}: take from {', '.join(BENCHES)}")
     results = ROOT / "bench" / "results"
     results.mkdir(exist_ok=True)
     for name in names:
         sys.stdout.write(f"{name} …\n")
-        rows = BENCHES[name].run()
+        rows = importlib.import_module(f"bench.{name}").run()
         at = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"machine": machine(), "at": at, "rows": [row.to_json() for row in rows]}
         (results / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -64,12 +75,12 @@ def page(results: Path) -> str:
         "Medians of paired runs in one process; ratios below 1 are faster than what they are compared with. "
         "Machines are shared and noisy: read the ratios, not the milliseconds. `make bench` makes this page.\n",
     ]
-    for name, module in BENCHES.items():
+    for name in BENCHES:
         path = results / f"{name}.json"
         if path.exists():
             facts = json.loads(path.read_text())
             rows = [Row(**row) for row in facts["rows"]]
-            about = (module.__doc__ or "").strip()
+            about = (importlib.import_module(f"bench.{name}").__doc__ or "").strip()
             made = f"`python -m bench {name}` · {facts['machine']} · {facts['at']}"
             parts.append(f"## {name}\n\n{about}\n\n{made}\n\n{table(rows)}\n")
     return "\n".join(parts)

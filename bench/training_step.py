@@ -85,9 +85,7 @@ def step(name: str, pretrained: str | None, batch: int, way: str, scratch: Path)
 
 def peak(name: str, way: str) -> float:
     """Megabytes that three steps add, in a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.training_step", name, way], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "bench.training_step", name, way], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
