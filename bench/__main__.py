@@ -12,16 +12,6 @@ from pathlib import Path
 
 import torch
 
-    adapter_swap,
-    beside_jobs,
-    footprint,
-    indexing,
-    many_adapters,
-    mixed_batch,
-    search_path,
-    serving,
-    training_step,
-)
 from bench.timing import Row
 
 ROOT = Path(__file__).parent.parent

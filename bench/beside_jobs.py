@@ -1,6 +1,6 @@
 """Searches beside the worker: 20 requests a second, each with a new text, while the service is quiet, while it trains an
-adapter, and while it embeds every video again and switches. Built-in backbone, 120 nightwatch clips. A row's time is that of one
-query; the ratio is of the 99th percentiles. An answer that is not 200, or whose adapter is not its generation's, ends the bench."""
+adapter, and while it embeds every video again and switches. Built-in backbone, 120 nightwatch clips. A row's time is that of
+one query; the ratio is of the 99th percentiles. An answer that is not 200, or that mixes generations and adapters, ends it."""
 
 from __future__ import annotations
 
