@@ -68,8 +68,9 @@ def timed(videos: list[str], work: Callable[[str], object]) -> float:
 
 def put(runtime: Runtime, tenant: catalog.Tenant, name: str, files: list[bytes]) -> list[str]:
     """A collection that has received these files; the videos' ids."""
+    fingerprint = runtime.backbone.fingerprint  # loaded outside of the transaction below: it writes in one of its own
     with runtime.database.write() as connection:
-        collection = catalog.create_collection(connection, tenant, name, {}, runtime.backbone.fingerprint)
+        collection = catalog.create_collection(connection, tenant, name, {}, fingerprint)
     videos = []
     for number, data in enumerate(files):
         video = new_id("vid")
