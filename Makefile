@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,postgres,test
 PIP_FLAGS ?= --quiet --disable-pip-version-check
+N ?= 100
+SEED ?= 0
 
-.PHONY: install demo demo-check test check bench results clean
+.PHONY: install demo demo-check test check crash bench results clean
 
 install: $(VENV)/.installed
 
@@ -30,12 +32,15 @@ demo-check: install
 	@$(BIN)/polyclip demo --check
 
 test: install
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 check: install
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest --quiet --no-header tests/test_layering.py tests/test_docs.py
+
+crash: install
+	@$(BIN)/python tests/crash --rounds $(N) --seed $(SEED)
 
 bench: install
 	@$(BIN)/python -m bench

@@ -3,6 +3,7 @@
 from adapters_store.artifact import (
     AdapterMismatch,
     Artifact,
+    DamagedAdapter,
     InvalidAdapter,
     Manifest,
     describe,
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterMismatch",
     "Artifact",
     "Counters",
+    "DamagedAdapter",
     "InvalidAdapter",
     "Lease",
     "LeaseTimeout",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from adapters_store import durable
 from backbone import Adapter, AdapterShape, TowerDims
 
 FORMAT = "polyclip-adapter/1"
@@ -28,6 +28,10 @@ SOURCE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 
 class InvalidAdapter(ValueError):
     """The bytes are not an adapter of ours; the message says why, in one line."""
+
+
+class DamagedAdapter(InvalidAdapter):
+    """The file of a published version is gone, or is not what its digest names."""
 
 
 class AdapterMismatch(ValueError):
@@ -137,18 +141,10 @@ def describe(file: bytes, /, **facts: Any) -> Manifest:
 
 def write(folder: Path, data: bytes, manifest: Manifest) -> Path:
     """Publishes both files in `folder` as `adapter.safetensors` and `manifest.json`, the manifest last; fsynced."""
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     path = folder / "adapter.safetensors"
-    for target, content in (
-        (path, data),
-        (folder / "manifest.json", json.dumps(manifest.to_json(), indent=2, sort_keys=True).encode()),
-    ):
-        aside = target.with_suffix(".part")
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
+    durable.write(path, data)
+    durable.write(folder / "manifest.json", json.dumps(manifest.to_json(), indent=2, sort_keys=True).encode())
     return path
 
 

@@ -21,7 +21,7 @@ from types import TracebackType
 
 import torch
 
-from adapters_store.artifact import Artifact, InvalidAdapter, unpack
+from adapters_store.artifact import Artifact, DamagedAdapter, InvalidAdapter, unpack
 from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims
 from backbone.stack import rank_of
 
@@ -89,9 +89,9 @@ class Lease:
 class Residency:
     """The adapters of one backbone, for use from many threads. `capacity` adapters can be leased at a time.
 
-    `stack_bytes` of the device are taken at once, for adapters of up to `rank`; larger ones are leased without a slot, as an
-    `Adapter`, and live in host memory. `host_bytes` bound what is kept there (of what is in the stack too, so that to evict
-    copies nothing).
+    `stack_bytes` of the device are taken at once, for adapters of up to `rank` in `dtype`; larger ones are leased without a
+    slot, as an `Adapter`, and live in host memory. `host_bytes` bound what is kept there (of what is in the stack too, so
+    that to evict copies nothing).
     """
 
     def __init__(
@@ -103,9 +103,10 @@ class Residency:
         stack_bytes: int = 256 * 1024 * 1024,
         host_bytes: int = 1024 * 1024 * 1024,
         rank: int = 16,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        slots = max(2, stack_bytes // AdapterStack.slot_bytes(dims, rank))
-        self.stack = AdapterStack(dims, slots, rank, device)
+        slots = max(2, stack_bytes // AdapterStack.slot_bytes(dims, rank, dtype))
+        self.stack = AdapterStack(dims, slots, rank, device, dtype)
         self.capacity = slots - 1
         self._fingerprint, self._host_budget = fingerprint, host_bytes
         self._lock = threading.Lock()
@@ -125,7 +126,7 @@ class Residency:
     def lease(self, digest: str, fetch: Fetch, timeout: float | None = None) -> Lease:
         """A lease of the adapter of this digest, waited for; `fetch` reads its file where it is not in memory.
 
-        Raises InvalidAdapter if the file is not what the digest names, AdapterMismatch if it is for another backbone, what
+        Raises DamagedAdapter if the file is not what the digest names, AdapterMismatch if it is for another backbone, what
         `fetch` raises, and LeaseTimeout after `timeout` seconds. Who holds one lease and waits for another without a timeout
         may wait forever.
         """
@@ -364,7 +365,7 @@ def slots_of(leases: Sequence[Lease | None]) -> Adapters:
 
 
 def _checked(data: bytes, digest: str) -> Artifact:
-    """The adapter file of this digest; the sha256 is taken once, by `unpack`. Raises InvalidAdapter."""
+    """The adapter file of this digest; the sha256 is taken once, by `unpack`. Raises InvalidAdapter, DamagedAdapter."""
     try:
         artifact = unpack(data)
         intact = artifact.digest == digest
@@ -373,7 +374,7 @@ def _checked(data: bytes, digest: str) -> Artifact:
             raise
         intact = False
     if not intact:
-        raise InvalidAdapter(f"the file of adapter {digest[:12]} is damaged: its sha256 differs")
+        raise DamagedAdapter(f"the file of adapter {digest[:12]} is damaged: its sha256 differs")
     return artifact
 
 

@@ -1,6 +1,7 @@
 """The frozen CLIP backbone and the Cross-Modal Adapters that are its arguments."""
 
 from backbone.adapter import Adapter, AdapterShape, Scope, Start, TowerDims
+from backbone.graphs import Graphs
 from backbone.images import to_pixels
 from backbone.load import BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
@@ -16,6 +17,7 @@ __all__ = [
     "Backbone",
     "BackboneNotFound",
     "FlatAdapter",
+    "Graphs",
     "Prefix",
     "Scope",
     "Slots",

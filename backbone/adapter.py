@@ -212,6 +212,7 @@ class TowerAdapter:
 
     def __call__(self, h: Tensor, place: int) -> Tensor:
         """h (B, T, d) → (B, T, d). Semantics: h + up_weight[p] · quick_gelu(down_weight[p] · h + down_bias[p]) + up_bias[p]."""
+        h = h.to(self.down_weight.dtype)
         bottleneck = quick_gelu(F.linear(h, self.down_weight[place], self.down_bias[place]))  # (B, T, r)
         return h + F.linear(bottleneck, self.up_weight[place], self.up_bias[place])
 

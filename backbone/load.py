@@ -24,16 +24,20 @@ class BackboneNotFound(ValueError):
 
 
 def load_backbone(
-    name: str = BUILTIN, pretrained: str | None = None, device: torch.device | str = "cpu", seed: int = 0
+    name: str = BUILTIN,
+    pretrained: str | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Backbone:
-    """A frozen backbone on `device`, in float32.
+    """A frozen backbone on `device`, whose blocks compute in `dtype`.
 
     `name` is `builtin` or an open_clip architecture (`ViT-B-32`); `pretrained` is one of its tags (`openai`), a local
     file (safetensors, or a checkpoint that loads with `weights_only=True`), or `random` for weights drawn from `seed`.
     Raises BackboneNotFound or UnsupportedBackbone with a one-line reason.
     """
     if name == BUILTIN:
-        return _load_builtin(device, pretrained)
+        return _load_builtin(device, pretrained, dtype)
     if name not in open_clip.list_models():
         raise BackboneNotFound(f"no backbone named {name!r}: take 'builtin' or an open_clip model such as 'ViT-B-32'")
     if pretrained is None:
@@ -43,7 +47,7 @@ def load_backbone(
     config = open_clip.get_model_preprocess_cfg(model)
     if not hasattr(model, "visual") or config.get("resize_mode", "shortest") != "shortest":
         raise UnsupportedBackbone(f"{name}: only ViT towers with a shortest-side resize are supported")
-    return Backbone(name, model, open_clip.get_tokenizer(name), tuple(config["mean"]), tuple(config["std"]), device)
+    return Backbone(name, model, open_clip.get_tokenizer(name), tuple(config["mean"]), tuple(config["std"]), device, dtype)
 
 
 def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
@@ -70,7 +74,7 @@ def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
         raise BackboneNotFound(f"{pretrained} does not hold weights of {name}: {str(error).splitlines()[0]}") from error
 
 
-def _load_builtin(device: torch.device | str, pretrained: str | None) -> Backbone:
+def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: torch.dtype) -> Backbone:
     if pretrained is not None and not Path(pretrained).is_file():
         raise BackboneNotFound("the built-in backbone brings its own weights: leave --pretrained out, or give a file")
     weights = files("backbone") / "weights"
@@ -89,7 +93,7 @@ def _load_builtin(device: torch.device | str, pretrained: str | None) -> Backbon
         except (SafetensorError, RuntimeError) as error:
             raise BackboneNotFound(f"{path} does not hold weights of the built-in backbone") from error
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    return Backbone(BUILTIN, model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device)
+    return Backbone(BUILTIN, model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device, dtype)
 
 
 class _quiet:

@@ -21,11 +21,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone.adapter import Adapter, TowerAdapter, TowerDims
-from backbone.stack import Slots, stacked
+from backbone.half import HalfWeights
+from backbone.packing import Packing
+from backbone.stack import Slots, StackedTower, stacked
 
 Adapters = Adapter | Sequence[Adapter | None] | Slots | None
 """None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
 Slots: one for each row, from a stack on the device, for inference."""
+
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (…, d), weight (e, d), bias (e,) → (…, e)
+Apply = Callable[[Tensor, int], Tensor]  # h (B, T, d) and its place → h with the adapters on it
 
 
 class UnsupportedBackbone(ValueError):
@@ -53,6 +58,12 @@ class Backbone:
 
     `name` is the architecture's name; `fingerprint` identifies architecture and weights (sha256 hex): vectors of two
     backbones are comparable only where the fingerprints are equal.
+
+    `dtype` is what the blocks' products are computed in. Norms, softmax, sums over the residual stream and the vectors that
+    come out are float32 always, and the fingerprint is that of the float32 weights: vectors of a half-precision backbone
+    differ from them by less than 1e-2, and either searches what the other indexed. On a CPU, which has no fast float16,
+    float16 means that the text tower's weights are kept so and multiplied in float32 (`HalfWeights`); where that loses
+    nothing, it is done in any case.
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Backbone:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
@@ -87,6 +99,11 @@ class Backbone:
         scale = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
         self._shift, self._scale = 255 * shift, 1 / (255 * scale)
         self.fingerprint = self._fingerprint()
+        halves = self.device.type == "cpu" and dtype in (torch.float32, torch.float16) and HalfWeights.available()
+        if halves and dtype == torch.float32:
+            halves = HalfWeights.lossless(p for block in text_blocks for p in block.parameters() if p.ndim == 2)
+        self._compute_in(torch.float32 if halves else dtype)
+        self._halves: HalfWeights | None = HalfWeights() if halves else None
 
     @property
     def logit_scale(self) -> float:
@@ -111,7 +128,7 @@ class Backbone:
 
     def trim(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) cut after the end of the longest text: attention is causal, what follows changes nothing."""
-        if self._text.attn_mask is None or self._text_pool not in ("argmax", "eos"):
+        if not self.causal:
             return tokens
         return tokens[:, : int(self._ends(tokens).max()) + 1]
 
@@ -123,14 +140,31 @@ class Backbone:
         `prefix`, from `text_prefix` of the same tokens, stands for the first layers. `recompute` keeps no activations
         inside the blocks for the backward pass. Raises ValueError if a sequence of adapters, or slots, has not B entries.
         """
-        text = self._text
-        tokens = self.trim(tokens.to(self.device))
-        length = tokens.shape[1]
-        x, first = (self._embed_text(tokens), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
-        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+        tokens = self.trim(tokens)
+        packing = None
+        if self.causal and self.device.type == "cpu" and (prefix is None or prefix.layers < self.dims.text_layers):
+            packing = Packing.of(self._ends(tokens))
         apply = self._tower("text", adapters, len(tokens))
+        return self.run_text(tokens.to(self.device), apply, prefix, packing, recompute)
+
+    def run_text(
+        self,
+        tokens: Tensor,
+        apply: Apply | None,
+        prefix: Prefix | None = None,
+        packing: Packing | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """`encode_text` of trimmed tokens on the device, with what is applied there; nothing in it waits for the device."""
+        text, length = self._text, tokens.shape[1]
+        x, first = (self._embed_text(tokens), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
+        x = x if packing is None else packing.pack(x)
+        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         pool = self._text_token(tokens)
-        x = _run_blocks(x, text.transformer.resblocks, apply, mask, first, pool=pool, recompute=recompute)
+        linear = F.linear if self._halves is None or torch.is_grad_enabled() else self._halves.linear
+        x = _run_blocks(
+            x, text.transformer.resblocks, apply, mask, first, pool=pool, packing=packing, linear=linear, recompute=recompute
+        )
         x = text.ln_final(x)
         pooled = text_global_pool(x, tokens, self._text_pool) if pool is None else x[:, 0]  # (B, d)
         projection = text.text_projection
@@ -145,8 +179,12 @@ class Backbone:
         `recompute` keeps no activations inside the blocks for the backward pass.
         Raises ValueError for pixels of another shape, or a sequence of adapters, or slots, that has not N entries.
         """
+        rows = len(pixels.states if isinstance(pixels, Prefix) else pixels)
+        return self.run_frames(pixels, self._tower("visual", adapters, rows), recompute)
+
+    def run_frames(self, pixels: Tensor | Prefix, apply: Apply | None, recompute: bool = False) -> Tensor:
+        """`encode_frames`, with pixels on the device and what is applied there; nothing in it waits for the device."""
         x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
-        apply = self._tower("visual", adapters, len(x))
         blocks = self._visual.transformer.resblocks
         x = _run_blocks(x, blocks, apply, None, first, pool=self._frame_token(x), recompute=recompute)
         pooled, _ = self._visual._pool(x)
@@ -178,7 +216,7 @@ class Backbone:
         twin._model = copy.deepcopy(self._model)
         twin._visual = twin._model.visual
         twin._text = getattr(twin._model, "text", twin._model)
-        twin.fingerprint = "unfrozen"
+        twin.fingerprint, twin._halves = "unfrozen", None
         weights = {name: tensor for name, tensor in twin._model.named_parameters() if name != "logit_scale"}
         for tensor in weights.values():
             tensor.requires_grad_()
@@ -187,6 +225,16 @@ class Backbone:
     def weights(self) -> dict[str, Tensor]:
         """Every stored tensor by open_clip's name: what `--pretrained FILE` reads."""
         return dict(self._model.state_dict())
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._halves = None
+        for block in (*self._visual.transformer.resblocks, *self._text.transformer.resblocks):
+            block.attn.to(dtype)
+            block.mlp.to(dtype)
+        if dtype != torch.float32:  # sums of products in float32, wherever the library might split them
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def _embed_text(self, tokens: Tensor) -> Tensor:
         text = self._text
@@ -200,7 +248,7 @@ class Backbone:
         pixels = (pixels.float() - self._shift) * self._scale if pixels.dtype == torch.uint8 else pixels.float()
         return self._visual._embeds(pixels)  # type: ignore[no-any-return]  # (N, T, d)
 
-    def _tower(self, tower: str, adapters: Adapters, rows: int) -> _Apply | None:
+    def _tower(self, tower: str, adapters: Adapters, rows: int) -> Apply | None:
         """What `_run_blocks` applies to a sub-layer's output; None where no row has an adapter on this tower."""
         if adapters is None:
             return None
@@ -253,6 +301,7 @@ class Backbone:
         flat = self._text is self._model  # open_clip's CLIP class renames two attributes of its text tower
         self._text_pool: str = self._text.text_pool_type if flat else self._text.pool_type
         self._eos_id: int | None = self._text.text_eos_id if flat else self._text.eos_id
+        self.causal = self._text.attn_mask is not None and self._text_pool in ("argmax", "eos")
 
     def _fingerprint(self) -> str:
         blocks = self._visual.transformer.resblocks[0], self._text.transformer.resblocks[0]
@@ -276,69 +325,89 @@ class Backbone:
         return digest.hexdigest()
 
 
-_Apply = Callable[[Tensor, int], Tensor]
-
-
 def _run_blocks(
     x: Tensor,
     blocks: Sequence[Any],
-    apply: _Apply | None,
+    apply: Apply | None,
     mask: Tensor | None,
     first: int = 0,
     *,
     pool: Tensor | None = None,
+    packing: Packing | None = None,
+    linear: Linear = F.linear,
     recompute: bool = False,
 ) -> Tensor:
-    """x (B, T, d) through a tower's blocks from `first` on; (B, 1, d) where `pool` (B,) says which token is wanted.
+    """x (B, T, d), or (N, d) of a packing, through a tower's blocks from `first` on; (B, 1, d) where `pool` (B,) says which
+    token is wanted.
 
     Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block. In the last block only the pooled token asks
     and is carried on: what the others would become, nobody reads.
     """
 
+    def adapted(h: Tensor, place: int) -> Tensor:
+        if apply is None or packing is None or h.ndim == 3 or not isinstance(apply, StackedTower):
+            return h if apply is None else apply(h, place)
+        return packing.pack(apply(packing.pad(h), place))
+
     def run(x: Tensor, layer: int) -> Tensor:
         block = blocks[layer]
         asking = pool if layer == len(blocks) - 1 else None
-        h = block.ls_1(_attention(block.attn, block.ln_1(x), mask, asking))
-        x = _token(x, asking) + (h if apply is None else apply(h, 2 * layer))
-        h = block.ls_2(_mlp(block.mlp, block.ln_2(x)))
-        return x + (h if apply is None else apply(h, 2 * layer + 1))
+        h = block.ls_1(_attention(block.attn, block.ln_1(x), mask, asking, packing, linear))
+        x = _token(x, asking, packing) + adapted(h, 2 * layer)
+        h = block.ls_2(_mlp(block.mlp, block.ln_2(x), linear))
+        return x + adapted(h, 2 * layer + 1)
 
     for layer in range(first, len(blocks)):
         x = checkpoint(run, x, layer, use_reentrant=False) if recompute else run(x, layer)
     return x
 
 
-def _token(x: Tensor, position: Tensor | None) -> Tensor:
-    """x (B, T, d) → (B, 1, d) at `position` (B,); x itself where it is None."""
-    return x if position is None else x[torch.arange(len(x), device=x.device), position].unsqueeze(1)
+def _token(x: Tensor, position: Tensor | None, packing: Packing | None) -> Tensor:
+    """x (B, T, d) → (B, 1, d) at `position` (B,), which is each text's end in a packing; x itself where it is None."""
+    if position is None:
+        return x
+    return (x[torch.arange(len(x), device=x.device), position] if packing is None else x[packing.last]).unsqueeze(1)
 
 
-def _attention(attn: nn.MultiheadAttention, x: Tensor, mask: Tensor | None, asking: Tensor | None) -> Tensor:
-    """x (B, T, d) → (B, T, d), or (B, 1, d) of the tokens that are `asking` (B,).
+def _attention(
+    attn: nn.MultiheadAttention,
+    x: Tensor,
+    mask: Tensor | None,
+    asking: Tensor | None,
+    packing: Packing | None,
+    linear: Linear,
+) -> Tensor:
+    """x (B, T, d) or (N, d) → the same shape, or (B, 1, d) of the tokens that are `asking` (B,).
 
-    Semantics: `attn(x, x, x, attn_mask=mask)`, without its copies to (T, B, d) and back.
+    Semantics: `attn(x, x, x, attn_mask=mask)`, without its copies to (T, B, d) and back, in the weights' dtype.
     """
-    rows, _, width = x.shape
+    x, width = x.to(attn.in_proj_weight.dtype), x.shape[-1]
     heads = (attn.num_heads, width // attn.num_heads)
     if asking is None:
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (B, T, 3d)
+        qkv = linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (B, T, 3d)
+        qkv = qkv if packing is None else packing.pad(qkv)
         q, k, v = qkv.unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()  # (B, heads, T, d / heads)
     else:
         (of_q, of_kv), (bias_q, bias_kv) = (t.split((width, 2 * width)) for t in (attn.in_proj_weight, attn.in_proj_bias))
-        q = F.linear(_token(x, asking), of_q, bias_q).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
-        k, v = F.linear(x, of_kv, bias_kv).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        q = linear(_token(x, asking, packing), of_q, bias_q).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1, d / heads)
+        kv = linear(x, of_kv, bias_kv)
+        kv = kv if packing is None else packing.pad(kv)
+        k, v = kv.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
         mask = None if mask is None else mask[asking][:, None, None]  # (B, 1, 1, T)
-    mixed = F.scaled_dot_product_attention(q, k, v, mask)
-    return attn.out_proj(mixed.transpose(1, 2).reshape(rows, -1, width))  # type: ignore[no-any-return]
+    mixed = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype))
+    mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, d)
+    mixed = mixed if packing is None or asking is not None else packing.pack(mixed)
+    return linear(mixed, attn.out_proj.weight, attn.out_proj.bias)
 
 
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """x (B, T, d) → (B, T, d). Semantics: `mlp(x)`.
+def _mlp(mlp: Any, x: Tensor, linear: Linear) -> Tensor:
+    """x (…, d) → (…, d). Semantics: `mlp(x)`, in the weights' dtype.
 
     h · sigmoid(1.702 h) is silu(1.702 h) / 1.702: both factors go into the products, and one pass over h is left of three.
     """
     expand, activation, project = mlp
-    if not isinstance(activation, QuickGELU):
-        return mlp(x)  # type: ignore[no-any-return]
-    h = torch.addmm(expand.bias, x.flatten(0, 1), expand.weight.T, beta=1.702, alpha=1.702)  # (B · T, 4d)
-    return torch.addmm(project.bias, F.silu(h), project.weight.T, alpha=1 / 1.702).view_as(x)
+    x = x.to(expand.weight.dtype)
+    if linear is F.linear and isinstance(activation, QuickGELU):
+        h = torch.addmm(expand.bias, x.flatten(0, -2), expand.weight.T, beta=1.702, alpha=1.702)  # (B · T, 4d)
+        return torch.addmm(project.bias, F.silu(h), project.weight.T, alpha=1 / 1.702).view_as(x)
+    return linear(activation(linear(x, expand.weight, expand.bias)), project.weight, project.bias)

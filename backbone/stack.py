@@ -37,7 +37,7 @@ class StackedTower:
         with h · sigmoid(1.702 h) as silu(1.702 h) / 1.702, both factors inside the two batched products, and h + up_bias
         as the second one's summand. Gradients are right, in h and, where they have any, in the blocks.
         """
-        width = h.shape[-1]
+        h, width = h.to(self.blocks.dtype), h.shape[-1]
         rows = self.blocks[:, place, : 1 + self.rank].index_select(0, self.index)  # (B, 1 + r, 2, w)
         down_bias, down = rows[:, :1, 0, : self.rank], rows[:, 1:, 0, :width].transpose(1, 2)  # (B, 1, r), (B, d, r)
         up_bias, up = rows[:, :1, 1, :width], rows[:, 1:, 1, :width]  # (B, 1, d), (B, r, d)
@@ -77,6 +77,7 @@ class FlatAdapter:
 
 class AdapterStack:
     """`slots` adapters of up to `rank` on the device, in memory that is allocated once. Slot 0 is the zero adapter, always.
+    `dtype` is what the adapters are kept and computed in.
 
     Different ranks, shared rows and scopes stand side by side: rows beyond an adapter's rank are zero. For inference: the
     stack holds copies, so no gradient reaches an adapter through it, and a backward pass over a batch in which a slot was
@@ -84,22 +85,31 @@ class AdapterStack:
     Raises ValueError for fewer than two slots, and for a rank below 1 or above the narrower tower's width.
     """
 
-    def __init__(self, dims: TowerDims, slots: int, rank: int = 16, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        dims: TowerDims,
+        slots: int,
+        rank: int = 16,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         widest = min(dims.visual_width, dims.text_width)
         if slots < 2 or not 1 <= rank <= widest:
             raise ValueError(f"a stack has two slots or more, of a rank from 1 to {widest}: not {slots} of rank {rank}")
         self.dims, self.slots, self.rank, self.device = dims, slots, rank, torch.device(device)
         sizes = [_size(dims, tower, rank) for tower in TOWERS]
         with torch.inference_mode(False):
-            self._memory = torch.zeros(slots, self.slot_bytes(dims, rank) // 4, device=self.device)
+            self._memory = torch.zeros(
+                slots, self.slot_bytes(dims, rank, dtype) // dtype.itemsize, dtype=dtype, device=self.device
+            )
             parts = self._memory.split([torch.Size(size).numel() for size in sizes], dim=1)
         self._blocks = {t: part.unflatten(1, size) for t, part, size in zip(TOWERS, parts, sizes, strict=True)}
         self._ranks = {tower: [0] * slots for tower in TOWERS}  # rows beyond are zero; 0: the slot leaves the tower alone
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @staticmethod
-    def slot_bytes(dims: TowerDims, rank: int) -> int:
-        return 4 * sum(torch.Size(_size(dims, tower, rank)).numel() for tower in TOWERS)
+    def slot_bytes(dims: TowerDims, rank: int, dtype: torch.dtype = torch.float32) -> int:
+        return dtype.itemsize * sum(torch.Size(_size(dims, tower, rank)).numel() for tower in TOWERS)
 
     @property
     def nbytes(self) -> int:
@@ -143,13 +153,23 @@ class AdapterStack:
         the views of a slot where all rows have the same. Raises IndexError for a slot that the stack has not.
         """
         asked = index.tolist()
-        if asked and not 0 <= min(asked) <= max(asked) < self.slots:
+        if not self.has(index):
             raise IndexError(f"slots from {min(asked)} to {max(asked)} of a stack of {self.slots}")
         ranks = self._ranks[tower]
         distinct = {slot if ranks[slot] else 0 for slot in asked}
         if len(distinct) < 2:
             return self._single(tower, distinct.pop()) if distinct else None
         return StackedTower(self._blocks[tower], index.to(self.device), max(ranks[slot] for slot in distinct))
+
+    def whole(self, tower: str, index: Tensor) -> StackedTower:
+        """`rows` for slots that the host does not look at: index (B,) int64 on the device may change, and each of its slots
+        too, and the same kernels on the same memory (a CUDA graph) compute what is there by then.
+        """
+        return StackedTower(self._blocks[tower], index, self.rank)
+
+    def has(self, index: Tensor) -> bool:
+        """Whether all of these (B,) are slots of the stack."""
+        return not len(index) or bool(index.min() >= 0 and index.max() < self.slots)
 
     def _single(self, tower: str, slot: int) -> TowerAdapter | None:
         rank = self._ranks[tower][slot]

@@ -20,6 +20,7 @@ BENCHES = (
     "adapter_swap",
     "many_adapters",
     "search_path",
+    "index_sizes",
     "serving",
     "beside_jobs",
     "indexing",

@@ -335,7 +335,7 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
                     if (rows := of("archive", recipe)) and way_of(recipe) in cost
                 ]
                 for label, recipes in {
-                    "adapter in the last 1, 2, all blocks": [{**BOTH, "layers": 1}, {**BOTH, "layers": 2}, BOTH],
+                    "last 1, 2, all blocks": [{**BOTH, "layers": 1}, {**BOTH, "layers": 2}, BOTH],
                     "adapter, text tower": [TEXT],
                     "full fine-tuning": [FULL],
                 }.items()

@@ -19,7 +19,7 @@ import numpy as np
 from bench.timing import Row
 from service import catalog, ingest
 from service.blobs import video_key
-from service.jobs import CONCURRENCY
+from service.jobs import QUEUES
 from service.records import new_id
 from service.runtime import Runtime
 from service.settings import Settings
@@ -59,7 +59,7 @@ def row(what: str, seconds: float, ratio: float, against: str) -> Row:
 
 def timed(videos: list[str], work: Callable[[str], object]) -> float:
     """Seconds for all videos, as many at once as the worker takes."""
-    with ThreadPoolExecutor(CONCURRENCY["index"]) as pool:
+    with ThreadPoolExecutor(QUEUES["index"].at_once) as pool:
         started = time.perf_counter()
         for _ in pool.map(work, videos):
             pass

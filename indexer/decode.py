@@ -9,8 +9,10 @@ whose packets promise frames that do not come out is read through with PyAV and 
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
+import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Picture = NDArray[np.uint8]  # (height, width, 3) RGB, as shown
 
@@ -146,6 +148,46 @@ def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decord: bo
     survey = replace(survey, facts=_with_times(survey.facts, times), times=_shown(times))
     _check_length(survey.facts, sampling)
     return _write(survey, _by_decoding_through, path, out, sampling)
+
+
+def reopen(path: Path, out: Path, facts: MediaFacts, sampling: Sampling = Sampling()) -> DecodedVideo:
+    """Cached frames that come from elsewhere (a zip as `indexer.frames` packs it), written anew into the folder `out`.
+
+    Every picture is decoded once, to see that it is a JPEG of a sane size; thumbnails are made of them. Raises DecodeError
+    (`frames_damaged`).
+    """
+    segments = []
+    try:
+        left = path.stat().st_size  # what is stored cannot be more than the file: no entry counts twice
+        with zipfile.ZipFile(path) as archive:
+            for number, each in enumerate(json.loads(_stored(archive, "index.json", left))["segments"]):
+                start, end, count = float(each["start"]), float(each["end"]), len(each["frames"])
+                if not (0 <= start <= end < math.inf and count):
+                    raise ValueError("a segment without time or frames")
+                names, thumbnail = tuple(f"{number:03d}-{slot:02d}.jpg" for slot in range(count)), f"{number:03d}-thumb.jpg"
+                for slot, (name, theirs) in enumerate(zip(names, each["frames"], strict=True)):
+                    jpeg = _stored(archive, theirs, left)
+                    left -= len(jpeg)
+                    image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
+                    if image.width * image.height > sampling.max_pixels:
+                        raise ValueError("a picture is too large")
+                    picture = np.asarray(image.convert("RGB"))
+                    (out / name).write_bytes(jpeg)
+                    if slot == count // 2:
+                        (out / thumbnail).write_bytes(_jpeg(picture, sampling.thumbnail_width / picture.shape[1]))
+                segments.append(DecodedSegment(start, end, names, thumbnail))
+        if not segments:
+            raise ValueError("no segments")
+    except (zipfile.BadZipFile, UnidentifiedImageError, KeyError, TypeError, ValueError) as error:
+        raise DecodeError("frames_damaged", f"The cached frames are damaged: {error}") from error
+    return DecodedVideo(facts, tuple(segments))
+
+
+def _stored(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
+        raise ValueError(f"{name} is not stored as it is")
+    return archive.read(entry)
 
 
 def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sampling) -> DecodedVideo:

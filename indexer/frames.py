@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from PIL import Image
 
 from backbone import to_pixels
 from indexer.decode import DecodedVideo
+
+# a byte that changed may name another compression, a password or a place beyond the end
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class DamagedFrames(ValueError):
@@ -55,14 +59,24 @@ class FrameArchive:
             self.segments = tuple(
                 CachedSegment(float(s["start"]), float(s["end"]), tuple(s["frames"])) for s in index["segments"]
             )
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        except UNREADABLE as error:
+            raise DamagedFrames(f"cached frames are damaged: {error}") from error
+
+    def check(self) -> None:
+        """Reads every frame against its checksum. Raises DamagedFrames."""
+        try:
+            for segment in self.segments:
+                for name in segment.frames:
+                    self._zip.read(name)
+        except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
 
     def pixels(self, names: tuple[str, ...], size: int) -> NDArray[np.uint8]:
         """(len(names), 3, size, size) uint8 RGB: the backbone's input. Raises DamagedFrames."""
         try:
-            return np.stack([to_pixels(Image.open(io.BytesIO(self._zip.read(name))), size) for name in names])
-        except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+            pictures = (Image.open(io.BytesIO(self._zip.read(name)), formats=("JPEG",)) for name in names)
+            return np.stack([to_pixels(picture, size) for picture in pictures])
+        except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
 
     def between(self, start: float | None, end: float | None, count: int) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from av.error import FFmpegError
 
-from indexer.decode import DecodedVideo, DecodeError, Sampling, decode
+from indexer.decode import DecodedVideo, DecodeError, MediaFacts, Sampling, decode, reopen
 
 DETAILS = {
     "decode_timeout": "Decoding the video took too long.",
@@ -91,18 +91,13 @@ class Sandbox:
                 for file in out.iterdir():
                     file.unlink()
                 answer = self._ask(job | {"decord": False})
-        if "errno" in answer:
-            raise OSError(answer["errno"], os.strerror(answer["errno"]))
-        if "code" in answer:
-            raise DecodeError(answer["code"], answer["detail"])
-        try:
-            video = DecodedVideo.from_dict(answer["video"])
-            names = [name for segment in video.segments for name in (*segment.frame_files, segment.thumbnail_file)]
-            if not all(stat.S_ISREG((out / name).lstat().st_mode) for name in names):
-                raise ValueError("not a file")
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            raise DecodeError("decode_crashed", DETAILS["decode_crashed"]) from error
-        return video
+        return _checked(answer, out)
+
+    def reopen(self, path: Path, out: Path, facts: MediaFacts, sampling: Sampling = DEFAULT) -> DecodedVideo:
+        """As `indexer.decode.reopen`, in the child; errors as of `decode`."""
+        job = {"path": str(path.resolve()), "out": str(out.resolve()), "sampling": asdict(sampling), "facts": asdict(facts)}
+        with self._lock:
+            return _checked(self._ask(job), out)
 
     def close(self) -> None:
         """End the zygote and, with it, a decoding under way (whose caller gets the RuntimeError)."""
@@ -161,6 +156,22 @@ class Sandbox:
         zygote.kill()
         zygote.stdout.close()
         return zygote.wait()
+
+
+def _checked(answer: dict[str, Any], out: Path) -> DecodedVideo:
+    """What the child says it has written, if it has. Raises as `Sandbox.decode`."""
+    if "errno" in answer:
+        raise OSError(answer["errno"], os.strerror(answer["errno"]))
+    if "code" in answer:
+        raise DecodeError(answer["code"], answer["detail"])
+    try:
+        video = DecodedVideo.from_dict(answer["video"])
+        names = [name for segment in video.segments for name in (*segment.frame_files, segment.thumbnail_file)]
+        if not all(stat.S_ISREG((out / name).lstat().st_mode) for name in names):
+            raise ValueError("not a file")
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise DecodeError("decode_crashed", DETAILS["decode_crashed"]) from error
+    return video
 
 
 def _failed(code: str, log: str = "") -> dict[str, Any]:
@@ -259,7 +270,11 @@ def _work(job: dict[str, Any], answer_end: int, error_end: int) -> None:
             (resource.RLIMIT_NOFILE, 64, 64),
         ):
             resource.setrlimit(kind, (soft, hard))
-        video = decode(Path(job["path"]), Path(job["out"]), Sampling(**job["sampling"]), decord=job["decord"])
+        path, out, sampling = Path(job["path"]), Path(job["out"]), Sampling(**job["sampling"])
+        if "facts" in job:
+            video = reopen(path, out, MediaFacts(**job["facts"]), sampling)
+        else:
+            video = decode(path, out, sampling, decord=job["decord"])
         answer: dict[str, Any] = {"video": video.to_dict()}
     except DecodeError as error:
         answer = {"code": error.code, "detail": error.detail}

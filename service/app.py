@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from service import catalog, errors
 from service.jobs import Jobs
 from service.metrics import HouseCollector
 from service.middleware import Metrics, Observe
-from service.routes import adapters, admin, collections, health, media, search, tasks, videos
+from service.routes import adapters, admin, archive, collections, health, media, search, tasks, videos
 from service.routes.access import House
 from service.runtime import Runtime
 from service.search import Searcher
@@ -32,23 +33,19 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         with own.database.read() as connection:
             secret = catalog.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
-        await to_thread.run_sync(_warm, own)
+        await to_thread.run_sync(own.warm)
         app.state.house = House(own, Searcher(own), jobs, secret)
         app.state.metrics.registry.register(HouseCollector(own, app.state.house.searcher))
         yield
         jobs.close()
+        app.state.house.searcher.close()
         own.close()
 
     app = FastAPI(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
     app.state.metrics = Metrics()
+    app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
     app.add_middleware(Observe, metrics=app.state.metrics)
     errors.install(app)
-    for module in (search, collections, videos, tasks, adapters, admin, media, health):
+    for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)
     return app
-
-
-def _warm(runtime: Runtime) -> None:
-    """Loads the backbone and runs it once, so that the first query is as fast as the next."""
-    tokens = runtime.backbone.tokenize(["a video"])
-    runtime.texts.submit((tokens.ids[0], None)).result()

@@ -6,20 +6,24 @@ on local files by fsync of the file and its folder, in an object store by the st
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, mkstemp
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.store import from_url
 
+from adapters_store import durable
+
 CHUNK = 1024 * 1024
+CHUNK_KEYS = 1000
 SCRATCH_SECONDS = 24 * 3600
 
 
@@ -43,6 +47,10 @@ def adapter_key(collection: str, digest: str) -> str:
     return f"adapters/{collection}/{digest}.safetensors"
 
 
+def archive_key(archive: str) -> str:
+    return f"imports/{archive}.tar"
+
+
 class Blobs:
     """One root; `scratch` must be on the same file system as a local root."""
 
@@ -51,15 +59,20 @@ class Blobs:
         self._scratch = scratch
         parts = urlsplit(root)
         self._folder = Path(unquote(parts.path)) if parts.scheme == "file" else None
-        scratch.mkdir(parents=True, exist_ok=True)
+        self._making = Lock()
+        durable.make_folder(scratch)
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(self._folder)
         self._store: Any = from_url(root)
 
     def put(self, key: str, data: bytes) -> None:
-        with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
-            file.write(data)
-        self.put_file(key, Path(file.name))
+        descriptor, name = mkstemp(dir=self._scratch)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            self.put_file(key, Path(name))
+        finally:
+            Path(name).unlink(missing_ok=True)
 
     def put_file(self, key: str, path: Path) -> None:
         """Moves a file of the scratch folder in; it replaces a blob of the same key in one step."""
@@ -68,14 +81,10 @@ class Blobs:
                 obstore.put(self._store, key, file)
             path.unlink()
             return
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
         target = self._folder / key
-        for folder in reversed([p for p in target.parents if not p.exists()]):
-            folder.mkdir(exist_ok=True)
-            _sync_folder(folder.parent)
-        os.replace(path, target)
-        _sync_folder(target.parent)
+        with self._making:  # who finds a folder here finds it synced
+            durable.make_folder(target.parent)
+        durable.put_in_place(path, target)
 
     def get(self, key: str) -> bytes:
         """Raises BlobMissing."""
@@ -110,6 +119,26 @@ class Blobs:
         except (FileNotFoundError, obstore.exceptions.NotFoundError):
             return
 
+    def delete_all(self, prefix: str) -> None:
+        """Every blob under `prefix`, which ends with a slash; of local files the folder too."""
+        if self._folder is not None:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._folder / prefix)
+            return
+        for batch in obstore.list(self._store, prefix, chunk_size=CHUNK_KEYS):
+            obstore.delete(self._store, [item["path"] for item in batch])
+
+    def older(self, prefix: str, seconds: float) -> Iterator[list[str]]:
+        """Keys under `prefix` of blobs that were written at least so long ago, some at a time."""
+        before = datetime.now(UTC) - timedelta(seconds=seconds)
+        for batch in obstore.list(self._store, prefix, chunk_size=CHUNK_KEYS):
+            yield [item["path"] for item in batch if item["last_modified"] <= before]
+
+    def folders(self, prefix: str) -> list[str]:
+        """What stands between `prefix` and the next slash of the keys; on local files empty folders too."""
+        found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
+
     def keys(self, prefix: str) -> list[str]:
         """Keys under `prefix`, which ends with a slash."""
         return [item["path"] for batch in obstore.list(self._store, prefix) for item in batch]
@@ -139,11 +168,3 @@ class Blobs:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > SCRATCH_SECONDS:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

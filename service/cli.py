@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,17 +11,24 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from service import cli_moving
 from service.cli_adapters import adapters
 from service.cli_options import AsJson, Backbone, CollectionName, Data, Pretrained, TenantName, err, out, settings_from
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(adapters, name="adapters")
+app.command()(cli_moving.export)
+app.command("import")(cli_moving.import_)
+app.command()(cli_moving.fsck)
 
 
 def main() -> None:
     """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
     from service.mistakes import explain
 
+    # Read when torch is loaded. Threads of a forward wait for each other busily for a moment, not for milliseconds: where
+    # another program has one of the cores, what they wait for is the core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except Exception as error:
@@ -52,12 +60,12 @@ def worker(
     queues: Annotated[str, typer.Option(help="which queues to take jobs from")] = "index,reembed,train",
 ) -> None:
     """Run a worker alone."""
-    from service.jobs import CONCURRENCY
+    from service.jobs import GROUPS
     from service.worker import run
 
     wanted = [queue.strip() for queue in queues.split(",")]
-    if unknown := [queue for queue in wanted if queue not in CONCURRENCY]:
-        raise typer.BadParameter(f"unknown queue {unknown[0]!r}: take from {', '.join(CONCURRENCY)}")
+    if unknown := [queue for queue in wanted if queue not in GROUPS]:
+        raise typer.BadParameter(f"unknown queue {unknown[0]!r}: take from {', '.join(GROUPS)}")
     run(settings_from(data), wanted)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 
 from service.settings import Settings
 
@@ -71,8 +71,11 @@ def _device(settings: Settings) -> str:
 
 def _folder(settings: Settings) -> str:
     settings.data.mkdir(parents=True, exist_ok=True)
-    if not os.access(settings.data, os.W_OK):
-        raise PermissionError(f"{settings.data} cannot be written to")
+    try:
+        with TemporaryFile(dir=settings.data):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{settings.data} cannot be written to: {error.strerror}") from error
     free = shutil.disk_usage(settings.data).free / 1e9
     if free < 1:
         raise RuntimeError(f"only {free:.1f} GB are free in {settings.data}")

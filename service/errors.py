@@ -11,18 +11,21 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from adapters_store import AdapterMismatch, InvalidAdapter, LeaseTimeout
+from adapters_store import AdapterMismatch, DamagedAdapter, InvalidAdapter, LeaseTimeout
 from backbone.batcher import BatcherClosed, BatcherFull, DeadlinePassed
 from indexer.frames import DamagedFrames
+from service.archive import InvalidArchive
 from service.blobs import BlobMissing
-from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
+from service.catalog import AdapterInUse, AlreadyExists, InvalidName, NotFound, QuotaExceeded
+from service.faults import Fault, fault_of
 from service.filters import InvalidFilter
 from service.idempotency import KeyReused
+from service.imports import ArchiveOfOtherBackbone
 from service.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow
 from service.learning import TooFewCaptions
 from service.middleware import BodyTooLarge
@@ -43,12 +46,15 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     QuotaExceeded: (403, "quota_exceeded"),
     BlobMissing: (404, "file_missing"),
     TooFewCaptions: (409, "too_few_captions"),
+    AdapterInUse: (409, "adapter_in_use"),
+    ArchiveOfOtherBackbone: (409, "archive_of_other_backbone"),
     TaskNotCancellable: (409, "task_not_cancellable"),
     FileTooLarge: (413, "video_too_large"),
     BodyTooLarge: (413, "body_too_large"),
     UnsupportedMedia: (415, "unsupported_media"),
     EmptyFile: (422, "empty_file"),
     InvalidUpload: (422, "invalid_upload"),
+    InvalidArchive: (422, "invalid_archive"),
     InvalidName: (422, "invalid_name"),
     EmptyText: (422, "empty_text"),
     InvalidRecipe: (422, "invalid_recipe"),
@@ -63,7 +69,12 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     LeaseTimeout: (503, "overloaded"),
     TimeoutError: (503, "overloaded"),
     BatcherClosed: (503, "shutting_down"),
-    OperationalError: (503, "database_unavailable"),
+    DamagedAdapter: (503, "adapter_damaged"),
+}
+FAULTS: dict[Fault, tuple[int, str, str, int]] = {  # and the seconds after which to try again
+    "full": (507, "insufficient_storage", "the disk is full: nothing was stored; searches go on", 60),
+    "read_only": (503, "storage_read_only", "the disk cannot be written to: nothing was stored; searches go on", 60),
+    "busy": (503, "database_busy", "another process has held the database's write lock for too long", 5),
 }
 PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
 
@@ -72,6 +83,8 @@ def install(app: FastAPI) -> None:
     """Makes every error answer of `app` a problem document."""
     for kind, (status, code) in STATUS.items():
         app.add_exception_handler(kind, _handler(status, code))
+    for kind in (OSError, DBAPIError):
+        app.add_exception_handler(kind, _machine)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(AlreadyExists, _already_exists)
     app.add_exception_handler(InvalidFilter, _invalid_filter)
@@ -110,11 +123,22 @@ def problem(
 
 def _handler(status: int, code: str) -> Any:
     def handle(request: Request, error: Exception) -> Response:
-        detail = "the database does not answer" if isinstance(error, OperationalError) else str(error)
+        if isinstance(error, DamagedAdapter):
+            log.error("adapter_damaged", reason=str(error))
         wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, BatcherFull) else None
-        return problem(request, status, code, detail or "the answer took too long", headers=wait)
+        return problem(request, status, code, str(error) or "the answer took too long", headers=wait)
 
     return handle
+
+
+def _machine(request: Request, error: Exception) -> Response:
+    if (fault := fault_of(error)) is not None:
+        status, code, detail, wait = FAULTS[fault]
+        log.error(code, path=request.url.path, reason=" ".join(str(error).split())[:300])
+        return problem(request, status, code, detail, headers={"Retry-After": str(wait)})
+    if isinstance(error, OperationalError):
+        return problem(request, 503, "database_unavailable", "the database does not answer")
+    return _internal(request, error)
 
 
 def _not_found(request: Request, error: Exception) -> Response:

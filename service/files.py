@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import adapters_store
+from adapters_store import durable
 from backbone import Backbone, load_backbone
 
 BATCH = 32  # frames of one forward pass
@@ -109,8 +109,8 @@ def to_checkpoint(data: bytes, to: Path, dtype: str | None) -> bytes:
 
 
 @contextmanager
-def written(to: Path) -> Iterator[Callable[[bytes], int]]:
-    """Yields a function that puts bytes into the file `to` in one step: written aside, fsynced, then renamed.
+def written(to: Path) -> Iterator[Callable[[bytes | Iterable[bytes]], int]]:
+    """Yields a function that puts bytes, or chunks of them, into the file `to` in one step (`adapters_store.durable`).
 
     Raises OSError at once for a folder that is not there. What is there and is no file (a pipe, a device) is written into.
     """
@@ -120,18 +120,16 @@ def written(to: Path) -> Iterator[Callable[[bytes], int]]:
     if target.is_dir():
         raise IsADirectoryError(21, "this is a folder, not a file", str(to))
 
-    def write(data: bytes) -> int:
+    def write(data: bytes | Iterable[bytes]) -> int:
+        chunks = (data,) if isinstance(data, bytes) else data
         if target.exists() and not target.is_file():
-            return target.write_bytes(data)
-        aside = target.with_name(f".{target.name[:200]}.{os.getpid()}.part")
-        try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
-        return len(data)
+            return _put(target, chunks)
+        with durable.aside(target) as part:
+            return _put(part, chunks)
 
     yield write
+
+
+def _put(path: Path, chunks: Iterable[bytes]) -> int:
+    with path.open("wb") as file:
+        return sum(map(file.write, chunks))

@@ -1,8 +1,16 @@
-"""The path of an adapter's generation: built beside the active one while searches go on, then one atomic switch."""
+"""The path of an adapter's generation: built beside the active one while searches go on, then one atomic switch.
+
+A round is one transaction that finds the generation, or makes it, and what it lacks; with nothing lacking it switches. Between
+two rounds the lacking videos are embedded, in chunks, in parallel. All that has been done is in the rows, so a build may be
+broken off anywhere and goes on from there; videos that become ready meanwhile are embedded for both (`ingest.embed_video`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
 
 from indexer.frames import DamagedFrames
 from service import catalog, ingest
@@ -10,77 +18,139 @@ from service.blobs import BlobMissing
 from service.catalog import Generation, NotFound
 from service.runtime import Runtime
 
-CHUNK = 16  # videos between two looks at the progress and the wish to cancel
+CHUNK = 8  # videos that are stored in one transaction
+READERS = 4  # videos of a chunk whose frames are read at once: the batcher mixes them
+CHUNKS_AT_ONCE = 2  # one is written while the other is embedded
+
+Progress = Callable[[int, int], None]  # (done, total) videos; may raise to stop
+Spread = Callable[[Generation, Sequence[Sequence[str]], Progress], None]
 
 
-def prepare_generation(runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None) -> Generation:
-    """The generation of an adapter (None: zero-shot), in state building, or one that still stands.
+class Superseded(RuntimeError):
+    """Another activation of the collection was asked for later: that one counts."""
 
-    A text-only adapter searches the video vectors of the zero-shot generation: its own video tower is the frozen one.
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """The generation that is active now, and how many videos had to be embedded for it."""
+
+    generation: Generation
+    embedded: int
+
+
+def activate(
+    runtime: Runtime,
+    tenant: str,
+    collection_id: str,
+    adapter_id: str | None,
+    progress: Progress,
+    spread: Spread | None = None,
+    asked: str | None = None,
+) -> Activation:
+    """Builds what is missing and switches. Searches see the old generation, then the new one, never a mixture.
+
+    `spread` sees to it that `fill_chunk` runs for each of the chunks that it is given. `asked`: when this was wanted; of two
+    activations at once, the one that was asked for later counts, and the other raises Superseded. Raises NotFound if
+    collection or adapter is gone. However it ends, no generation is left building for it; a crash leaves one, for the next
+    start of the task to go on with, or for `catalog.retire_abandoned`.
+    """
+    spread = spread or partial(_spread, runtime, tenant)
+    embedded = 0
+    try:
+        while True:
+            generation, missing = _round(runtime, tenant, collection_id, adapter_id, asked)
+            if not missing:
+                return Activation(generation, embedded)
+            before, total = embedded, embedded + len(missing)
+            progress(before, total)
+            chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+
+            def tell(done: int, _: int, before: int = before, total: int = total) -> None:
+                progress(before + done, total)
+
+            spread(generation, chunks, tell)
+            embedded = total
+    except BaseException:
+        with runtime.database.write() as connection:
+            for generation in catalog.generations_of(connection, tenant, collection_id):
+                if generation.adapter_id == adapter_id and generation.state == "building":
+                    catalog.set_generation_state(connection, tenant, generation.id, "retired")
+        raise
+
+
+def fill_chunk(runtime: Runtime, tenant: str, generation_id: str, video_ids: Sequence[str]) -> list[str]:
+    """Embeds these videos for a generation, from cached frames, and returns the ids that cannot be embedded: they fail.
+
+    What is held already, or gone, is passed over: it may be run again.
+    """
+    with runtime.database.read() as connection:
+        try:
+            generation = catalog.generation(connection, tenant, generation_id)
+            maker = catalog.generation(connection, tenant, generation.vector_set)
+        except NotFound:
+            return []
+        videos = catalog.videos_by_id(connection, tenant, video_ids)
+        lacking = [v for v in videos.values() if not catalog.has_vectors(connection, tenant, v.id, maker.id)]
+    rows, broken = [], {}
+    with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
+        reading = [(video, pool.submit(ingest.segment_rows, runtime, video, maker)) for video in lacking]
+        try:
+            for video, future in reading:
+                try:
+                    rows.append((video, future.result()))
+                except (BlobMissing, DamagedFrames) as error:
+                    broken[video.id] = str(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    ingest.store_vectors(runtime, tenant, generation.collection_id, maker, rows)
+    return [video for video, why in broken.items() if ingest.fail_video(runtime, tenant, video, "frames_damaged", why)]
+
+
+def _round(
+    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, asked: str | None
+) -> tuple[Generation, list[str]]:
+    """The generation of an adapter (None: zero-shot) and the ready videos that it lacks; with none lacking it is active now.
+
+    A text-only adapter leaves the video tower as it is: its generation searches the vectors of the zero-shot one.
     """
     backbone = runtime.backbone.fingerprint
     with runtime.database.write() as connection:
         if catalog.lock_collection(connection, tenant, collection_id) is None:
             raise NotFound("collection", collection_id)
-        known = catalog.generations_of(connection, tenant, collection_id)
-        for generation in known:
-            if generation.adapter_id == adapter_id and generation.backbone == backbone:
-                if generation.state == "retired":
-                    catalog.set_generation_state(connection, tenant, generation.id, "building")
-                return catalog.generation(connection, tenant, generation.id)
-        shares = None
+        scope = None
         if adapter_id is not None:
-            version = catalog.adapter(connection, tenant, collection_id, adapter_id)
-            if version.manifest["scope"] == "text":
-                shares = next((g.vector_set for g in known if g.adapter_id is None and g.backbone == backbone), None)
-        row = catalog.add_generation(connection, tenant, collection_id, adapter_id, backbone, shares, state="building")
-        return catalog.generation(connection, tenant, row["id"])
+            scope = catalog.adapter(connection, tenant, collection_id, adapter_id).manifest["scope"]
+        later = catalog.later_activation(connection, tenant, collection_id, asked) if asked is not None else None
+        if later is not None and later[1] != adapter_id:
+            raise Superseded(f"another activation was asked for later, by {later[0]}")
+        known = {g.adapter_id: g for g in catalog.generations_of(connection, tenant, collection_id) if g.backbone == backbone}
+
+        def standing(adapter: str | None, vectors: str | None = None) -> Generation:
+            if adapter in known:
+                return known[adapter]
+            row = catalog.add_generation(connection, tenant, collection_id, adapter, backbone, vectors, state="retired")
+            return catalog.generation(connection, tenant, row["id"])
+
+        generation = standing(adapter_id, standing(None).id if scope == "text" else None)
+        missing = [v.id for v in catalog.missing_vectors(connection, tenant, collection_id, generation.vector_set)]
+        if not missing and generation.state != "active":
+            catalog.switch(connection, tenant, collection_id, generation.id)
+        elif generation.state == "retired":
+            catalog.set_generation_state(connection, tenant, generation.id, "building")
+        return catalog.generation(connection, tenant, generation.id), missing
 
 
-def fill(runtime: Runtime, tenant: str, generation: Generation, progress: Callable[[int, int], None]) -> list[str]:
-    """Embeds every ready video that the generation lacks, from cached frames; returns the ids that cannot be embedded.
-
-    `progress(done, total)` is called after each chunk and may raise to stop; what has been embedded stays.
-    """
-    with runtime.database.read() as connection:
-        vectors = generation.vector_set
-        maker = generation if vectors == generation.id else catalog.generation(connection, tenant, vectors)
-        missing = catalog.missing_vectors(connection, tenant, generation.collection_id, vectors)
-    damaged = []
-    for first in range(0, len(missing), CHUNK):
-        progress(first, len(missing))
-        for video in missing[first : first + CHUNK]:
-            try:
-                ingest.embed_for(runtime, tenant, video, maker)
-            except (BlobMissing, DamagedFrames) as error:
-                damaged.append(video.id)
-                ingest.fail_video(runtime, tenant, video.id, "frames_damaged", str(error))
-    progress(len(missing), len(missing))
-    return damaged
-
-
-def activate(
-    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, progress: Callable[[int, int], None]
-) -> Generation:
-    """Builds what is missing and switches. Searches see the old generation, then the new one, never a mixture.
-
-    Videos that become ready meanwhile are embedded for both (`ingest.embed_video`); the switch happens in a transaction
-    that finds none missing. Raises NotFound if collection or adapter is gone.
-    """
-    generation = prepare_generation(runtime, tenant, collection_id, adapter_id)
-    if generation.state == "active":
-        return generation
-    try:
-        while True:
-            fill(runtime, tenant, generation, progress)
-            with runtime.database.write() as connection:
-                if catalog.lock_collection(connection, tenant, collection_id) is None:
-                    raise NotFound("collection", collection_id)
-                if not catalog.missing_vectors(connection, tenant, collection_id, generation.vector_set):
-                    catalog.switch(connection, tenant, collection_id, generation.id)
-                    return catalog.generation(connection, tenant, generation.id)
-    except BaseException:
-        with runtime.database.write() as connection:
-            if catalog.generation(connection, tenant, generation.id).state == "building":
-                catalog.set_generation_state(connection, tenant, generation.id, "retired")
-        raise
+def _spread(
+    runtime: Runtime, tenant: str, generation: Generation, chunks: Sequence[Sequence[str]], progress: Progress
+) -> None:
+    """In this process, on a few threads."""
+    done, total = 0, sum(len(chunk) for chunk in chunks)
+    with ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunks") as pool:
+        try:
+            running = {pool.submit(fill_chunk, runtime, tenant, generation.id, chunk): len(chunk) for chunk in chunks}
+            for future in as_completed(running):
+                future.result()
+                done += running[future]
+                progress(done, total)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -7,34 +7,44 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from indexer.decode import DecodeError, Sampling
-from indexer.frames import FrameArchive, pack_frames
+from indexer.frames import DamagedFrames, FrameArchive, pack_frames
 from service import catalog
 from service.blobs import BlobMissing, frames_key, thumbnail_key, video_key
 from service.catalog import Collection, Generation, NotFound, Video
 from service.runtime import Runtime
 
+log = structlog.get_logger()
+
 SEGMENTS_AT_ONCE = 16  # pixels of a long video in memory
 
+Progress = Callable[[float], None]
 
-def index_video(runtime: Runtime, tenant: str, video_id: str) -> None:
-    """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error."""
+
+def index_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress = lambda share: None) -> None:
+    """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error.
+
+    `progress`, the share of the embedding that is done, may raise to stop.
+    """
     try:
         prepare_frames(runtime, tenant, video_id)
-        embed_video(runtime, tenant, video_id)
+        embed_video(runtime, tenant, video_id, progress)
     except NotFound:
         return
     except DecodeError as error:
         fail_video(runtime, tenant, video_id, error.code, error.detail)
     except BlobMissing:
         fail_video(runtime, tenant, video_id, "file_missing", "the stored file is gone")
+    except DamagedFrames as error:
+        fail_video(runtime, tenant, video_id, "frames_damaged", str(error))
 
 
 def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
@@ -51,18 +61,28 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
         collection = catalog.lock_collection(connection, tenant, video.collection_id)
     if collection is None:
         raise NotFound("collection", video.collection_id)
+    media = _decode(runtime, video, collection)
+    with runtime.database.write() as connection:
+        alive = catalog.set_video(connection, tenant, video_id, status="queued", media=media)
+        catalog.set_task(connection, tenant, video.task_id, progress=0.5, message="decoded")
+    if not alive:  # deleted while it was decoded: its files were purged before these were written
+        remove_files(runtime, video.collection_id, video_id)
+        raise NotFound("video", video_id)
+
+
+def _decode(runtime: Runtime, video: Video, collection: Collection) -> dict[str, Any]:
+    """Frames and thumbnails from the stored file into the blobs; returns the facts. Raises DecodeError, BlobMissing."""
     folder = Path(tempfile.mkdtemp(dir=runtime.settings.scratch, prefix="decode-"))
     try:
-        with runtime.blobs.local(video_key(video.collection_id, video_id)) as path:
+        with runtime.blobs.local(video_key(collection.id, video.id)) as path:
             decoded = runtime.decoder.decode(path, folder, _sampling(runtime, collection))
         for ordinal, segment in enumerate(decoded.segments):
-            thumbnail = (folder / segment.thumbnail_file).read_bytes()
-            runtime.blobs.put(thumbnail_key(video.collection_id, video_id, ordinal), thumbnail)
-        runtime.blobs.put(frames_key(video.collection_id, video_id), pack_frames(decoded, folder))
+            runtime.blobs.put(thumbnail_key(collection.id, video.id, ordinal), (folder / segment.thumbnail_file).read_bytes())
+        runtime.blobs.put(frames_key(collection.id, video.id), pack_frames(decoded, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     facts = decoded.facts
-    media = {
+    return {
         "duration": facts.duration,
         "width": facts.width,
         "height": facts.height,
@@ -73,15 +93,25 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
         "decoder": facts.decoder,
         "segments": len(decoded.segments),
     }
+
+
+def decode_again(runtime: Runtime, video: Video) -> None:
+    """Cached frames that are damaged or gone, made again from the stored file. Raises DamagedFrames where that is not to be."""
     with runtime.database.write() as connection:
-        alive = catalog.set_video(connection, tenant, video_id, status="queued", media=media)
-        catalog.set_task(connection, tenant, video.task_id, progress=0.5, message="decoded")
-    if not alive:  # deleted while it was decoded: its files were purged before these were written
-        purge_video(runtime, video.collection_id, video_id)
-        raise NotFound("video", video_id)
+        collection = catalog.lock_collection(connection, video.tenant_id, video.collection_id)
+    if collection is None:
+        raise DamagedFrames("the collection is gone")
+    try:
+        media = _decode(runtime, video, collection)
+    except (DecodeError, BlobMissing) as error:
+        raise DamagedFrames(f"the cached frames are damaged and cannot be made again: {error}") from error
+    with runtime.database.write() as connection:
+        alive = catalog.set_video(connection, video.tenant_id, video.id, media=media)
+    if not alive:
+        remove_files(runtime, video.collection_id, video.id)
 
 
-def embed_video(runtime: Runtime, tenant: str, video_id: str) -> None:
+def embed_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress = lambda share: None) -> None:
     """Embeds a decoded video for each generation that is active or being built, then calls it ready, in one transaction
     that sees no generation without it.
     """
@@ -100,36 +130,65 @@ def embed_video(runtime: Runtime, tenant: str, video_id: str) -> None:
                 return
             catalog.set_video(connection, tenant, video_id, status="indexing")
         for generation in missing:
-            embed_for(runtime, tenant, video, generation)
+            embed_for(runtime, tenant, video, generation, progress)
 
 
-def embed_for(runtime: Runtime, tenant: str, video: Video, generation: Generation) -> None:
+def embed_for(
+    runtime: Runtime, tenant: str, video: Video, generation: Generation, progress: Progress = lambda share: None
+) -> None:
     """Vectors of a video's cached frames under a generation's adapter, stored unless the video has been deleted.
 
-    Raises BlobMissing or DamagedFrames.
+    Raises DamagedFrames.
     """
-    rows = segment_rows(runtime, video, generation)
+    rows = segment_rows(runtime, video, generation, progress)
+    store_vectors(runtime, tenant, video.collection_id, generation, [(video, rows)])
+
+
+def store_vectors(
+    runtime: Runtime,
+    tenant: str,
+    collection_id: str,
+    generation: Generation,
+    found: Sequence[tuple[Video, Sequence[Mapping[str, Any]]]],
+) -> None:
+    """Rows of `segments` for these videos, in one transaction; not of what has been deleted meanwhile."""
     with runtime.database.write() as connection:
-        catalog.lock_collection(connection, tenant, video.collection_id)
-        try:
-            catalog.video(connection, tenant, video.id)
-        except NotFound:
+        if catalog.lock_collection(connection, tenant, collection_id) is None:
             return
-        catalog.add_segments(connection, tenant, video.id, generation.vector_set, rows)
+        if all(g.id != generation.id for g in catalog.generations_of(connection, tenant, collection_id)):
+            return
+        alive = catalog.videos_by_id(connection, tenant, [video.id for video, _ in found])
+        for video, rows in found:
+            if video.id in alive:
+                catalog.add_segments(connection, tenant, video.id, generation.vector_set, rows)
 
 
-def segment_rows(runtime: Runtime, video: Video, generation: Generation) -> list[dict[str, Any]]:
-    """The rows of `segments` for a video, embedded from its cached frames."""
+def segment_rows(
+    runtime: Runtime, video: Video, generation: Generation, progress: Progress = lambda share: None
+) -> list[dict[str, Any]]:
+    """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read.
+
+    Raises DamagedFrames.
+    """
+    try:
+        return _embedded(runtime, video, generation, progress)
+    except (BlobMissing, DamagedFrames) as error:
+        log.warning("frames_made_again", video=video.id, reason=str(error))
+        decode_again(runtime, video)
+        return _embedded(runtime, video, generation, progress)
+
+
+def _embedded(runtime: Runtime, video: Video, generation: Generation, progress: Progress) -> list[dict[str, Any]]:
     archive = FrameArchive(runtime.blobs.get(frames_key(video.collection_id, video.id)))
     size = runtime.backbone.image_size
     rows = []
+    group = f"{video.tenant_id}, again" if video.status == "ready" else video.tenant_id  # an upload does not queue behind these
     with runtime.lease(generation) as lease:
         for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
+            progress(first / len(archive.segments))
             window = archive.segments[first : first + SEGMENTS_AT_ONCE]
             pixels = [archive.pixels(segment.frames, size) for segment in window]
-            waiting = [
-                runtime.frames.submit((frames, lease), group=video.tenant_id, weight=len(frames)) for frames in pixels
-            ]
+            waiting = [runtime.frames.submit((frames, lease), group=group, weight=len(frames)) for frames in pixels]
             for ordinal, (segment, future) in enumerate(zip(window, waiting, strict=True), start=first):
                 vectors = future.result()
                 rows.append(
@@ -150,22 +209,36 @@ def pooled(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     return mean / max(float(np.linalg.norm(mean)), 1e-12)  # type: ignore[no-any-return]
 
 
-def fail_video(runtime: Runtime, tenant: str, video_id: str, code: str, detail: str) -> None:
+def fail_video(runtime: Runtime, tenant: str, video_id: str, code: str, detail: str) -> bool:
+    """Ends a video and its task with a reason; False if the video is gone."""
     error = {"code": code, "detail": detail}
     with runtime.database.write() as connection:
         try:
             video = catalog.video(connection, tenant, video_id)
         except NotFound:
-            return
+            return False
         catalog.set_video(connection, tenant, video_id, status="failed", error=error)
         catalog.end_task(connection, tenant, video.task_id, "failed", error=error)
+        return True
 
 
-def purge_video(runtime: Runtime, collection_id: str, video_id: str) -> None:
+def restore_file(runtime: Runtime, video: Video, path: Path) -> bool:
+    """Moves in the file of a video that has none stored (lost, or imported without it); False where there is one."""
+    key = video_key(video.collection_id, video.id)
+    if runtime.blobs.exists(key):
+        return False
+    runtime.blobs.put_file(key, path)
+    if video.media is not None:
+        media = {name: fact for name, fact in video.media.items() if name != "stored"}
+        with runtime.database.write() as connection:
+            catalog.set_video(connection, video.tenant_id, video.id, media=media)
+    return True
+
+
+def remove_files(runtime: Runtime, collection_id: str, video_id: str) -> None:
     """Removes the files of a deleted video; may be run again."""
     runtime.blobs.delete(frames_key(collection_id, video_id))
-    for key in runtime.blobs.keys(f"thumbnails/{collection_id}/{video_id}/"):
-        runtime.blobs.delete(key)
+    runtime.blobs.delete_all(f"thumbnails/{collection_id}/{video_id}/")
     runtime.blobs.delete(video_key(collection_id, video_id))
 
 

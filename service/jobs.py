@@ -1,75 +1,170 @@
-"""Jobs on DBOS: the API enqueues, one worker (or many, on PostgreSQL) runs; arguments are ids, the catalog is the truth.
+"""The job engine, DBOS: the API hands tasks in, workers take them out; arguments are ids, the catalog is the truth.
 
-A workflow's id is the id of its task, so that enqueueing twice is harmless. `sweep` enqueues what a crash left between a
-task's row and its queue.
+A task's first workflow bears the task's id, so that enqueueing twice is harmless; when it is tried again, the next workflow
+bears the next number behind that id. `sweep` enqueues what a crash left between a task's row and its queue, `rescue`
+takes the jobs of dead workers up again. Chunks of videos to be embedded are workflows of their own, which any worker takes.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy
 import structlog
-from dbos import DBOS, DBOSClient, DBOSConfig
+from dbos import DBOS, DBOSClient, EnqueueOptions, WorkflowStatus
 from dbos._serialization import DBOSPortableJSON
+from sqlalchemy.exc import DBAPIError
 
-from adapters_store import AdapterMismatch, InvalidAdapter
-from backbone import BackboneNotFound, UnsupportedBackbone
-from indexer.frames import DamagedFrames
-from service import catalog, ingest, learning
-from service.blobs import BlobMissing
-from service.catalog import NotFound, Task
-from service.learning import Cancelled, TooFewCaptions, TrainingFailed
-from service.runtime import OtherBackbone, Runtime
+from service import catalog
+from service.catalog import Task
+from service.records import new_id
+from service.runtime import Runtime
 from service.settings import Settings
-from training.recipe import InvalidRecipe
 
-VERSION = "1"  # of the workflows; DBOS would derive one from the code and strand the jobs of the version before
-QUEUES = {"index_video": "index", "train_adapter": "train", "activate": "reembed", "evaluate": "reembed", "purge": "reembed"}
-CONCURRENCY = {"index": 8, "reembed": 2, "train": 1}
-HEARTBEAT_SECONDS = 5.0
-SWEEP_SECONDS = 60.0
+VERSION = "2"  # of the workflows; DBOS would derive one from the code and strand the jobs of the version before
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """How many jobs one worker runs at once, how many of them one tenant's, and how often it looks for more."""
+
+    at_once: int
+    of_a_tenant: int
+    seconds: float
+
+
+QUEUES = {
+    "index": Queue(8, 6, 0.25),
+    "reembed": Queue(2, 1, 0.5),
+    "chunks": Queue(2, 2, 0.25),  # of the jobs in `reembed` and `train`, which wait for them
+    "quick": Queue(4, 2, 0.5),
+    "train": Queue(1, 1, 0.5),
+}
+QUEUE_OF = {
+    "index_video": "index",
+    "train_adapter": "train",
+    "activate": "reembed",
+    "import_collection": "reembed",
+    "evaluate": "quick",
+    "purge": "quick",
+}
+GROUPS = {"index": ["index"], "reembed": ["reembed", "chunks", "quick"], "train": ["train"]}  # for the command line
+ACTIVE = ["ENQUEUED", "DELAYED", "PENDING"]
+DEAD_SECONDS = 60.0  # without a sign of life
+KEPT_DAYS = 3.0  # workflows that have ended; their tasks say what came of them
 
 log = structlog.get_logger()
 
 
 class Jobs:
-    """The enqueueing side: one per API process or offline command."""
+    """A connection to the engine's database: one per API process, worker or offline command."""
 
     def __init__(self, settings: Settings) -> None:
         prepare_engine(settings)
         self._client = DBOSClient(
-            system_database_url=settings.jobs_database, serializer=DBOSPortableJSON, application_name="polyclip"
+            system_database_url=settings.jobs_database,
+            serializer=DBOSPortableJSON,
+            application_name="polyclip",
+            retry_connection_errors=False,
         )
 
-    def enqueue(self, task: Task) -> None:
-        """Hands a task to its queue; a task that is there already stays as it is."""
-        self._client.enqueue(
-            {
-                "workflow_name": "run_task",
-                "queue_name": QUEUES[task.kind],
-                "workflow_id": task.id,
-                "app_version": VERSION,
-            },
-            task.tenant_id,
-            task.id,
-        )
+    def enqueue(self, task: Task, number: int = 0, tries: int = 1, delay: float | None = None) -> None:
+        """Hands a task to its queue, as its workflow of this number; one that is there already stays as it is.
+
+        Where the engine does not answer, the task's row is enough: the sweep finds it.
+        """
+        workflow = f"{task.id}:{number}" if number else task.id
+        try:
+            self._enqueue("run_task", QUEUE_OF[task.kind], workflow, task.tenant_id, (task.id, tries), delay)
+        except DBAPIError as error:
+            log.warning("not_enqueued", task=task.id, error=str(error))
 
     def ensure(self, task: Task) -> None:
-        """`enqueue`, and a new start for a workflow that the engine has given up though its task is open."""
-        self.enqueue(task)
-        status = self._client.retrieve_workflow(task.id).get_status().status
-        if status not in ("ENQUEUED", "PENDING", "DELAYED"):
-            self._client.resume_workflow(task.id, queue_name=QUEUES[task.kind])
+        """`enqueue`, unless a workflow of the task waits or runs."""
+        known = self._list(workflow_id_prefix=task.id)
+        if not any(flow.status in ACTIVE and flow.app_version == VERSION for flow in known):
+            self.enqueue(task, number=len(known))
+
+    def active_tasks(self) -> set[str]:
+        """Ids of the tasks that have a workflow which waits or runs."""
+        found = self._list(status=ACTIVE, name="run_task", app_version=VERSION)
+        return {flow.workflow_id.split(":")[0] for flow in found}
+
+    def enqueue_chunks(self, task: Task, generation: str, chunks: Sequence[Sequence[str]]) -> str:
+        """Hands some chunks of video ids out to be embedded, one after the other; returns the workflow's id."""
+        workflow = f"chunk:{task.id}:{new_id('run')}"
+        arguments = (task.id, generation, [list(chunk) for chunk in chunks])
+        self._enqueue("fill_chunks", "chunks", workflow, task.tenant_id, arguments)
+        return workflow
+
+    def ended_chunks(self, workflows: Sequence[str]) -> dict[str, Any]:
+        """Those of these workflows that neither wait nor run, with what they returned, or what broke them."""
+        known = {flow.workflow_id: flow for flow in self._list(workflow_ids=list(workflows), load_output=True)}
+        ended: dict[str, Any] = {}
+        for workflow in workflows:
+            flow = known.get(workflow)
+            if flow is None or flow.status not in ACTIVE:
+                broke = flow is not None and flow.status == "ERROR"
+                ended[workflow] = {"code": None, "detail": str(flow and flow.error)} if broke else flow and flow.output
+        return ended
+
+    def withdraw_chunks(self, task: str) -> None:
+        """Takes back the chunks of a task that wait; those that run end with their results unread."""
+        if left := [flow.workflow_id for flow in self._list(workflow_id_prefix=f"chunk:{task}:", status=ACTIVE)]:
+            self._client.cancel_workflows(left)
+
+    def give_up(self, worker: str) -> None:
+        """Puts what a worker had begun, and will not end, back into its queues."""
+        self._put_back(self._list(status="PENDING", executor_id=worker))
+
+    def rescue(self, living: set[str]) -> int:
+        """`give_up` for every worker but these; returns the number of jobs."""
+        stranded = [flow for flow in self._list(status="PENDING") if flow.executor_id not in living]
+        self._put_back(stranded)
+        return len(stranded)
+
+    def forget(self, days: float = KEPT_DAYS) -> int:
+        """Removes workflows that ended so long ago; returns their number."""
+        before = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+        removed = 0
+        while old := self._list(completed_before=before, status=["SUCCESS", "ERROR", "CANCELLED"], limit=500):
+            self._client.delete_workflows([flow.workflow_id for flow in old])
+            removed += len(old)
+        return removed
 
     def close(self) -> None:
         self._client.destroy()
+
+    def _enqueue(
+        self, name: str, queue: str, workflow: str, tenant: str, arguments: Sequence[Any], delay: float | None = None
+    ) -> None:
+        options: EnqueueOptions = {
+            "workflow_name": name,
+            "queue_name": queue,
+            "workflow_id": workflow,
+            "app_version": VERSION,
+            "queue_partition_key": tenant,
+        }
+        if delay is not None:
+            options["delay_seconds"] = delay
+        self._client.enqueue(options, tenant, *arguments)
+
+    def _put_back(self, flows: Iterable[WorkflowStatus]) -> None:
+        """Chunks are not taken up: the job that waits for them finds what is missing, and counts the deaths they bring."""
+        by_queue: dict[str, list[str]] = {}
+        for flow in flows:
+            by_queue.setdefault(str(flow.queue_name), []).append(flow.workflow_id)
+        if chunks := by_queue.pop("chunks", None):
+            self._client.cancel_workflows(chunks)
+        for queue, workflows in by_queue.items():
+            self._client.resume_workflows(workflows, queue_name=queue)
+
+    def _list(self, load_output: bool = False, **which: Any) -> list[WorkflowStatus]:
+        return self._client.list_workflows(load_input=False, load_output=load_output, **which)
 
 
 def prepare_engine(settings: Settings) -> None:
@@ -84,155 +179,19 @@ def prepare_engine(settings: Settings) -> None:
     DBOS.migrate(url)
 
 
-def run_task(runtime: Runtime, tenant: str, task_id: str) -> None:
-    """Runs a task to its end. Whatever happens, the task ends with a result or a reason."""
-    with runtime.database.write() as connection:
-        try:
-            task = catalog.task(connection, tenant, task_id)
-        except NotFound:
-            return
-        if task.status in ("succeeded", "failed", "cancelled"):
-            return
-        catalog.start_task(connection, tenant, task_id)
-    try:
-        result = KINDS[task.kind](runtime, task)
-    except Cancelled:
-        _end(runtime, task, "cancelled")
-    except (NotFound, TooFewCaptions, InvalidRecipe, AdapterMismatch, InvalidAdapter, OtherBackbone, BlobMissing) as error:
-        code = {NotFound: "not_found", TooFewCaptions: "too_few_captions", InvalidRecipe: "invalid_recipe"}
-        _end(runtime, task, "failed", code.get(type(error), "adapter_unusable"), str(error))
-    except TrainingFailed as error:
-        _end(runtime, task, "failed", error.code, str(error))
-    except (DamagedFrames, BackboneNotFound, UnsupportedBackbone, OSError) as error:
-        _end(runtime, task, "failed", "worker_failed", str(error))
-    except Exception as error:
-        log.exception("task_failed", task=task.id, kind=task.kind)
-        _end(runtime, task, "failed", "internal", f"{type(error).__name__}: {error}")
-    else:
-        if result is not None:
-            _end(runtime, task, "succeeded", result=result)
-
-
-def _end(runtime: Runtime, task: Task, status: str, code: str | None = None, detail: str = "", **values: Any) -> None:
-    error = {"code": code, "detail": detail} if code else None
-    if code and task.kind == "index_video":
-        ingest.fail_video(runtime, task.tenant_id, task.request["video_id"], code, detail)
-    with runtime.database.write() as connection:
-        catalog.end_task(connection, task.tenant_id, task.id, status, error=error, **values)
-
-
-def _index_video(runtime: Runtime, task: Task) -> None:
-    ingest.index_video(runtime, task.tenant_id, task.request["video_id"])  # ends its task itself, with the video
-    with runtime.database.write() as connection:  # a deleted video's task ends here
-        catalog.end_task(connection, task.tenant_id, task.id, "cancelled")
-
-
-def _train_adapter(runtime: Runtime, task: Task) -> dict[str, Any]:
-    return learning.train_adapter(runtime, task.tenant_id, task, reporter(runtime, task))
-
-
-def _activate(runtime: Runtime, task: Task) -> dict[str, Any]:
-    adapter = task.request["adapter_id"]
-    generation = learning.activate(runtime, task.tenant_id, str(task.collection_id), adapter, reporter(runtime, task))
-    return {"adapter_id": adapter, "generation_id": generation, "activated": True}
-
-
-def _evaluate(runtime: Runtime, task: Task) -> dict[str, Any]:
+def sweep(runtime: Runtime, jobs: Jobs) -> None:
+    """Sees to it that every task that has not ended has a job. Several may do it at once."""
     with runtime.database.read() as connection:
-        name = catalog.collection_name(connection, task.tenant_id, str(task.collection_id))
-    return learning.evaluate(runtime, task.tenant_id, name, task.request["split"]).found.to_json(intervals=True)
-
-
-def _purge(runtime: Runtime, task: Task) -> dict[str, Any]:
-    for video in task.request["videos"]:
-        ingest.purge_video(runtime, str(task.collection_id), video)
-    if task.request["whole_collection"]:
-        for kind in ("videos", "frames", "thumbnails", "adapters"):
-            for key in runtime.blobs.keys(f"{kind}/{task.collection_id}/"):
-                runtime.blobs.delete(key)
-        with runtime.database.write() as connection:
-            for vector_set in catalog.vector_sets(connection, task.tenant_id, str(task.collection_id)):
-                catalog.drop_vectors(connection, task.tenant_id, vector_set)
-    return {"videos": len(task.request["videos"])}
-
-
-KINDS: dict[str, Callable[[Runtime, Task], dict[str, Any] | None]] = {
-    "index_video": _index_video,
-    "train_adapter": _train_adapter,
-    "activate": _activate,
-    "evaluate": _evaluate,
-    "purge": _purge,
-}
-
-
-def reporter(runtime: Runtime, task: Task) -> Callable[[float, str], None]:
-    """Writes progress at most twice a second; raises Cancelled where the owner has asked for it."""
-    last = 0.0
-
-    def report(progress: float, message: str) -> None:
-        nonlocal last
-        if time.monotonic() - last < 0.5:
-            return
-        last = time.monotonic()
-        with runtime.database.write() as connection:
-            catalog.set_task(connection, task.tenant_id, task.id, progress=round(progress, 4), message=message)
-            if catalog.task(connection, task.tenant_id, task.id).cancel_requested:
-                raise Cancelled
-
-    return report
-
-
-def sweep(runtime: Runtime, jobs: Jobs) -> int:
-    """Sees to it that every task that has not ended has a job; returns their number."""
-    with runtime.database.read() as connection:
-        waiting = catalog.open_tasks(connection)
+        waiting = [task for task in catalog.open_tasks(connection) if not task.request.get("offline")]
+    active = jobs.active_tasks() if waiting else set()
     for task in waiting:
-        jobs.ensure(task)
-    return len(waiting)
+        if task.id not in active:
+            jobs.ensure(task)
 
 
-def work(settings: Settings, queues: list[str], name: str = "worker") -> None:
-    """A worker process: runs until SIGTERM. `name` must be stable over restarts: its jobs are taken up again under it."""
-    runtime = Runtime(settings)
-    runtime.prepare()
-    prepare_engine(settings)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    config: DBOSConfig = {
-        "name": "polyclip",
-        "system_database_url": settings.jobs_database,
-        "application_version": VERSION,
-        "executor_id": name,
-        "serializer": DBOSPortableJSON,
-        "console_log_level": "WARNING",
-        "log_level": "WARNING",
-    }
-    DBOS(config=config)
-
-    @DBOS.step(name="run")
-    def step(tenant: str, task_id: str) -> None:
-        run_task(runtime, tenant, task_id)
-
-    @DBOS.workflow(name="run_task")
-    def workflow(tenant: str, task_id: str) -> None:
-        step(tenant, task_id)
-
-    DBOS.listen_queues(queues)
-    DBOS.launch()
-    for queue in queues:
-        DBOS.register_queue(queue, worker_concurrency=CONCURRENCY[queue], polling_interval_sec=0.25)
-    jobs = Jobs(settings)
-    log.info("worker_started", worker=name, queues=queues, pid=os.getpid())
-    last_sweep: float | None = None
-    while not stop.wait(HEARTBEAT_SECONDS if last_sweep is not None else 0):
-        try:
-            with runtime.database.write() as connection:
-                catalog.worker_seen(connection, name)
-            if last_sweep is None or time.monotonic() - last_sweep > SWEEP_SECONDS:
-                last_sweep = time.monotonic()
-                sweep(runtime, jobs)
-        except sqlalchemy.exc.OperationalError as error:  # a locked or vanished database: go on trying
-            log.warning("heartbeat_failed", error=str(error))
-    log.info("worker_stopping", worker=name)
-    os._exit(0)  # jobs in flight stop where they are; the next start goes on from the rows
+def rescue(runtime: Runtime, jobs: Jobs) -> None:
+    """Takes the jobs of dead workers up again. For one who has seen the database answer as long as `DEAD_SECONDS`: after an
+    outage every worker would look dead."""
+    with runtime.database.write() as connection:  # whoever does it at the same time waits here and finds nothing left
+        if taken := jobs.rescue(catalog.living_workers(connection, DEAD_SECONDS, lock=True)):
+            log.warning("jobs_of_dead_workers", jobs=taken)

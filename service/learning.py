@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from indexer.index import rescore
 from service import catalog, generations
 from service.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
 from service.catalog import AdapterVersion, Task
+from service.generations import Spread, Superseded
+from service.records import now
 from service.runtime import Runtime
 from training.dataset import Pair
 from training.evaluation import Evaluation
@@ -32,6 +37,7 @@ log = structlog.get_logger()
 
 MINIMUM_VIDEOS = 10
 TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words
 
 
 class TooFewCaptions(ValueError):
@@ -57,33 +63,62 @@ def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
         raise TooFewCaptions(f"an adapter needs at least {MINIMUM_VIDEOS} ready videos with captions, there are {videos}")
 
 
-def train_adapter(runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None]) -> dict[str, Any]:
+def train_adapter(
+    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], spread: Spread | None = None
+) -> dict[str, Any]:
     """Trains, publishes and, as `activate` asks, activates an adapter; returns the task's result.
 
     May be run again after a crash: training goes on from its last checkpoint, unless videos or captions have changed, and a
-    version that has been trained is not trained again. `progress` may raise Cancelled.
+    version that has been published is not trained again: the task's row names it. `progress` may raise Cancelled.
     """
     collection_id = str(task.collection_id)
-    out = runtime.settings.scratch / f"train-{task.id}"
-    try:
-        if not (out / "manifest.json").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            _train(runtime, tenant, collection_id, task.request["recipe"], out, progress)
-        version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
+    made = task.result or _trained(runtime, tenant, task, progress)
+    with runtime.database.read() as connection:
+        version = catalog.adapter(connection, tenant, collection_id, made["adapter_id"])
+        known = catalog.generations_of(connection, tenant, collection_id)
     metrics = version.manifest["metrics"]
-    activated, reason = verdict(metrics, task.request["activate"])
     result = {
-        "adapter_id": version.id,
+        **made,
         "digest": version.digest,
         "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain") if name in metrics},
-        "activated": activated,
-        "reason": reason,
     }
-    if activated:
-        result["generation_id"] = activate(runtime, tenant, collection_id, version.id, progress)
-    return result
+    wanted = task.request["activate"]
+    activated, reason = verdict(metrics, wanted)
+    in_use = next((g.digest for g in known if g.state == "active"), None)
+    if wanted == "if_better" and in_use not in (version.digest, result["metrics"].get("in_use", {}).get("digest")):
+        activated, reason = False, "another adapter came into use while this one was trained: they have not been compared"
+    if not activated:
+        return {**result, "activated": False, "reason": reason}
+
+    def tell(share: float, message: str) -> None:
+        progress(TRAINING + BUILDING * share, message)
+
+    done = activate(runtime, tenant, collection_id, version.id, tell, spread, asked=made["trained_at"])
+    return {**result, "reason": reason, **done}
+
+
+def _trained(runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None]) -> dict[str, Any]:
+    """Trains and publishes; notes in the task's row what came of it, which names the version from then on."""
+    collection_id = str(task.collection_id)
+    out = _folder(runtime, task)
+    if not (out / "manifest.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        _train(runtime, tenant, collection_id, task.request["recipe"], out, progress)
+    version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
+    made = {"adapter_id": version.id, "trained_at": now()}
+    with runtime.database.write() as connection:
+        catalog.set_task(connection, tenant, task.id, result=made)
+    discard(runtime, task)
+    return made
+
+
+def discard(runtime: Runtime, task: Task) -> None:
+    """Removes what a training has left in the scratch folder, the checkpoint that it would go on from too."""
+    shutil.rmtree(_folder(runtime, task), ignore_errors=True)
+
+
+def _folder(runtime: Runtime, task: Task) -> Path:
+    return runtime.settings.scratch / f"train-{task.id}"
 
 
 def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
@@ -101,16 +136,34 @@ def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
     return after >= before, f"validation R@1 is {after:g}, and {before:g} with {rival} ({sure})"
 
 
+def activate_adapter(
+    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], spread: Spread | None = None
+) -> dict[str, Any]:
+    """Activates an adapter, or the frozen backbone, as a task asks; returns its result."""
+    adapter = task.request["adapter_id"]
+    done = activate(runtime, tenant, str(task.collection_id), adapter, progress, spread, asked=task.created_at)
+    return {"adapter_id": adapter, **done}
+
+
 def activate(
-    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, progress: Callable[[float, str], None]
-) -> str:
-    """`generations.activate` with the task's progress; returns the generation's id."""
+    runtime: Runtime,
+    tenant: str,
+    collection_id: str,
+    adapter_id: str | None,
+    progress: Callable[[float, str], None],
+    spread: Spread | None,
+    asked: str,
+) -> dict[str, Any]:
+    """`generations.activate` with a task's progress: what came of it, for the task's result."""
 
     def tell(done: int, total: int) -> None:
-        share = done / total if total else 1.0
-        progress(TRAINING + BUILDING * share, f"embedding {done} of {total} videos with the new adapter")
+        progress(done / total, f"embedding the missing videos: {done} of {total}")
 
-    return generations.activate(runtime, tenant, collection_id, adapter_id, tell).id
+    try:
+        active = generations.activate(runtime, tenant, collection_id, adapter_id, tell, spread, asked)
+    except Superseded as error:
+        return {"activated": False, "reason": str(error)}
+    return {"activated": True, "generation_id": active.generation.id, "embedded": active.embedded}
 
 
 def publish(
@@ -118,10 +171,10 @@ def publish(
 ) -> AdapterVersion:
     """Stores an adapter as the collection's next version. Raises AdapterMismatch for an adapter of another backbone."""
     adapters_store.unpack(data).adapter(runtime.backbone.fingerprint)
-    runtime.blobs.put(adapter_key(collection_id, manifest.digest), data)
     with runtime.database.write() as connection:
         if catalog.lock_collection(connection, tenant, collection_id) is None:
             raise catalog.NotFound("collection", collection_id)
+        runtime.blobs.put(adapter_key(collection_id, manifest.digest), data)  # under the lock: a purge of the same bytes waits
         return catalog.add_adapter(connection, tenant, collection_id, manifest.to_json())
 
 
@@ -183,7 +236,7 @@ def _train(
 ) -> None:
     Recipe.of(recipe)
     with ExitStack() as stack:
-        dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl", stack)
+        dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl")
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
         command += ["--backbone", runtime.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(runtime.device)]
         if (rival := _in_use(runtime, tenant, collection_id, stack)) is not None:
@@ -193,23 +246,33 @@ def _train(
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        stack.callback(_end, child)
+        stack.callback(_end, runtime, child)
+        runtime.trainers.add(child)
+        killed = _killed_for_memory()
+        _first_to_be_killed(child)
         last_words: deque[str] = deque(maxlen=20)
         assert child.stderr is not None and child.stdout is not None
         listener = threading.Thread(target=lambda: last_words.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
         listener.start()
-        note = "preparing"
-        for line in child.stdout:
+        share, note, recall = 0.0, "preparing", ""
+        for line in _lines(child.stdout):
+            if line is None:
+                progress(share, note)
+                continue
             event = json.loads(line)
             if event["event"] == "error":
-                raise TrainingFailed(event["code"], event["detail"])
+                exhausted = event["code"] == "out_of_memory" or any(words in event["detail"] for words in OUT_OF_MEMORY)
+                raise TrainingFailed("training_out_of_memory" if exhausted else event["code"], event["detail"])
             if event["event"] == "resumed":
                 log.info("training_resumed", collection=collection_id, step=event["step"])
             if event["event"] == "validation":
-                note = f"validation R@1 {event['text_to_video']['R@1']:g}"
+                recall = f", validation R@1 {event['text_to_video']['R@1']:g}"
             if event["event"] in ("step", "validation"):
-                progress(TRAINING * event["step"] / event["steps"], f"step {event['step']} of {event['steps']}, {note}")
-        if child.wait() != 0:
+                share, note = TRAINING * event["step"] / event["steps"], f"step {event['step']} of {event['steps']}{recall}"
+                progress(share, note)
+        if child.wait() == -signal.SIGKILL and _killed_for_memory() > killed:
+            raise TrainingFailed("training_out_of_memory", "the system was out of memory and killed the training process")
+        if child.returncode != 0:
             listener.join(timeout=1)
             words = " ".join(last_words).split("\n")[-1].strip()
             detail = f"the training process ended with status {child.returncode}. {words}"
@@ -224,8 +287,8 @@ def _in_use(runtime: Runtime, tenant: str, collection_id: str, stack: ExitStack)
     return None if digest is None else stack.enter_context(runtime.blobs.local(adapter_key(collection_id, digest)))
 
 
-def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path, stack: ExitStack) -> Path:
-    """The collection's ready, captioned videos as `training.dataset` reads them; blobs stay local while `stack` is open."""
+def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path) -> Path:
+    """The collection's ready, captioned videos as `training.dataset` reads them, their frames beside the file."""
     with runtime.database.read() as connection:
         check_captions(connection, tenant, collection_id)
         videos = catalog.videos_of(connection, tenant, collection_id, "ready")
@@ -233,13 +296,54 @@ def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path
     with path.open("w") as file:
         for video in videos:
             if captions[video.id]:
-                frames = stack.enter_context(runtime.blobs.local(frames_key(collection_id, video.id)))
+                frames = path.with_name(f"{video.id}.zip")
+                try:
+                    with runtime.blobs.local(frames_key(collection_id, video.id)) as blob:
+                        frames.unlink(missing_ok=True)
+                        os.link(blob, frames)  # a video that is deleted from now on does not break the training
+                except (BlobMissing, FileNotFoundError):  # deleted just now
+                    continue
                 texts = [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]]
                 file.write(json.dumps({"video": video.id, "frames": str(frames), "captions": texts}) + "\n")
     return path
 
 
-def _end(child: subprocess.Popen[str]) -> None:
+def _lines(stream: Iterable[str]) -> Iterator[str | None]:
+    """The lines of a stream, and None after each second without one."""
+    queue: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        for line in stream:
+            queue.put(line)
+        queue.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while True:
+        try:
+            if (line := queue.get(timeout=1.0)) is None:
+                return
+            yield line
+        except Empty:
+            yield None
+
+
+def _first_to_be_killed(child: subprocess.Popen[str]) -> None:
+    """Where memory runs out, the kernel ends the training and not what serves or waits."""
+    with suppress(OSError):
+        Path(f"/proc/{child.pid}/oom_score_adj").write_text("800")
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed since it started because memory ran out."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _end(runtime: Runtime, child: subprocess.Popen[str]) -> None:
     if child.poll() is None:
         child.terminate()
         try:
@@ -247,5 +351,6 @@ def _end(child: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+    runtime.trainers.discard(child)
 
 

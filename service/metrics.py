@@ -18,7 +18,7 @@ STATES = ("active", "inactive", "offloaded", "loading")
 
 
 class HouseCollector(Collector):
-    """Metrics of one application's residency, text batcher and text cache."""
+    """Metrics of one application's residency, text batcher, text cache and index views."""
 
     def __init__(self, runtime: Runtime, searcher: Searcher) -> None:
         self._runtime, self._searcher = runtime, searcher
@@ -42,4 +42,6 @@ class HouseCollector(Collector):
         yield sizes
         for name in ("hits", "shared", "misses"):
             yield CounterMetricFamily(f"polyclip_text_cache_{name}", f"Text cache: {name}.", getattr(cache, name))
+        yield GaugeMetricFamily("polyclip_views", "Index views open.", len(self._searcher.views))
+        yield GaugeMetricFamily("polyclip_view_bytes", "Memory of the open index views.", self._searcher.views.bytes)
         yield GaugeMetricFamily("polyclip_text_cache_bytes", "Text vectors kept.", cache.bytes)

@@ -13,10 +13,12 @@ def explain(error: Exception) -> str | None:
     from adapters_store import AdapterMismatch, InvalidAdapter
     from backbone import BackboneNotFound, UnsupportedBackbone
     from indexer.frames import DamagedFrames
+    from service.archive import InvalidArchive
     from service.blobs import BlobMissing
     from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
     from service.demo import DemoFailed
     from service.files import InvalidFrames
+    from service.imports import ArchiveOfOtherBackbone
     from service.learning import TooFewCaptions, TrainingFailed
     from service.offline import InvalidCaptions
     from service.runtime import OtherBackbone
@@ -36,6 +38,6 @@ def explain(error: Exception) -> str | None:
     ours = (
         AdapterMismatch, InvalidAdapter, BackboneNotFound, UnsupportedBackbone, BlobMissing, AlreadyExists, InvalidName,
         NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, InvalidFrames, OtherBackbone,
-        EmptyText, InvalidRecipe, InvalidDataset, InvalidCorpus, DamagedFrames,
+        EmptyText, InvalidRecipe, InvalidDataset, InvalidCorpus, DamagedFrames, InvalidArchive, ArchiveOfOtherBackbone,
     )  # fmt: skip
     return " ".join(str(error).split()) if isinstance(error, ours) else None

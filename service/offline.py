@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -110,7 +110,8 @@ def search_collection(settings: Settings, tenant_name: str, collection: str, tex
     with opened(settings) as runtime:
         with runtime.database.read() as connection:
             tenant = catalog.tenant_named(connection, tenant_name)
-        return Searcher(runtime).search(tenant.id, collection, text, wanted=limit)
+        with closing(Searcher(runtime)) as searcher:
+            return searcher.search(tenant.id, collection, text, wanted=limit)
 
 
 def train_collection(
@@ -124,7 +125,7 @@ def train_collection(
     """`learning.train_adapter` in this process; the record of its task is kept like any other."""
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with opened(settings) as runtime, Progress(*columns, console=console, disable=console is None) as progress:
-        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        tenant, collection = existing(runtime, tenant_name, collection_name)
         with runtime.database.write() as connection:
             learning.check_captions(connection, tenant.id, collection.id)
             request = {"recipe": recipe, "activate": activate, "offline": True}
@@ -139,6 +140,7 @@ def train_collection(
             with runtime.database.write() as connection:
                 reason = {"code": getattr(error, "code", "interrupted"), "detail": str(error)}
                 catalog.end_task(connection, tenant.id, task.id, "failed", error=reason)
+            learning.discard(runtime, task)
             raise
         with runtime.database.write() as connection:
             catalog.end_task(connection, tenant.id, task.id, "succeeded", result=result)
@@ -150,7 +152,7 @@ def evaluate_collection(
 ) -> dict[str, dict[str, Any]]:
     """Metrics of the collection's own captions by what encodes them; `report`: an HTML file, and JSON beside it."""
     with opened(settings) as runtime:
-        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        tenant, collection = existing(runtime, tenant_name, collection_name)
         with runtime.database.read() as connection:
             digest = catalog.generation(connection, tenant.id, collection.active_generation_id).digest
         system = f"adapter {digest[:12]}" if digest else "frozen backbone"
@@ -196,7 +198,7 @@ def adapter_versions(
     settings: Settings, tenant_name: str, collection_name: str, manifests: bool = False
 ) -> list[dict[str, Any]]:
     with opened(settings) as runtime:
-        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        tenant, collection = existing(runtime, tenant_name, collection_name)
         with runtime.database.read() as connection:
             versions: list[AdapterVersion] = []
             after: str | None = None
@@ -232,7 +234,7 @@ def export_adapter(
 ) -> int:
     """Writes an adapter's file, or with `official` the checkpoint that the paper's code loads; returns the bytes written."""
     with opened(settings) as runtime, files.written(to) as write:
-        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        tenant, collection = existing(runtime, tenant_name, collection_name)
         with runtime.database.read() as connection:
             version = catalog.adapter(connection, tenant.id, collection.id, adapter_id)
         data = runtime.blobs.get(adapter_key(collection.id, version.digest))
@@ -245,7 +247,7 @@ def import_adapter(
     """Publishes an adapter file, or with `official` a checkpoint of the paper's code, as the collection's next version."""
     recipe = {"imported": file.name, **({"layout": "official"} if official else {})}
     with opened(settings) as runtime:
-        tenant, collection = _existing(runtime, tenant_name, collection_name)
+        tenant, collection = existing(runtime, tenant_name, collection_name)
         data = files.from_checkpoint(file, lambda: runtime.backbone) if official else file.read_bytes()
         manifest = adapters_store.describe(data, created_at=now(), recipe=recipe)
         return learning.publish(runtime, tenant.id, collection.id, data, manifest)
@@ -260,19 +262,25 @@ def _videos_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_SUFFIXES)
 
 
-def _existing(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
+def existing(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
     with runtime.database.read() as connection:
         tenant = catalog.tenant_named(connection, tenant_name)
         return tenant, catalog.collection_named(connection, tenant.id, collection_name)
 
 
-def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
-    fingerprint = runtime.backbone.fingerprint
+def made_tenant(runtime: Runtime, name: str) -> Tenant:
+    """The tenant, made where it is missing."""
     with runtime.database.write() as connection:
         try:
-            tenant = catalog.tenant_named(connection, tenant_name)
+            return catalog.tenant_named(connection, name)
         except NotFound:
-            tenant = catalog.create_tenant(connection, tenant_name, {})
+            return catalog.create_tenant(connection, name, {})
+
+
+def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
+    fingerprint = runtime.backbone.fingerprint
+    tenant = made_tenant(runtime, tenant_name)
+    with runtime.database.write() as connection:
         try:
             collection = catalog.collection_named(connection, tenant.id, collection_name)
         except NotFound:
@@ -291,11 +299,12 @@ def _add_file(
             digest.update(chunk)
     sha256 = digest.hexdigest()
     with runtime.database.read() as connection:
-        if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is not None:
-            return twin, twin.status in catalog.IN_PROGRESS
-    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy, file.open("rb") as source:
-        shutil.copyfileobj(source, copy)
-    runtime.blobs.put_file(video_key(collection.id, video_id), Path(copy.name))
+        twin = catalog.twin(connection, tenant.id, collection.id, sha256)
+    if twin is not None:
+        if not runtime.blobs.exists(video_key(collection.id, twin.id)):
+            ingest.restore_file(runtime, twin, _copied(runtime, file))
+        return twin, twin.status in catalog.IN_PROGRESS
+    runtime.blobs.put_file(video_key(collection.id, video_id), _copied(runtime, file))
     with runtime.database.write() as connection:
         if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is None:
             size = file.stat().st_size
@@ -304,3 +313,10 @@ def _add_file(
             return catalog.video(connection, tenant.id, video_id), True
     runtime.blobs.delete(video_key(collection.id, video_id))
     return twin, False
+
+
+def _copied(runtime: Runtime, file: Path) -> Path:
+    """The file once more, in the scratch folder."""
+    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy, file.open("rb") as source:
+        shutil.copyfileobj(source, copy)
+    return Path(copy.name)

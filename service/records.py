@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from threading import Lock
 
 from sqlalchemy import (
     JSON,
@@ -31,13 +32,21 @@ metadata = MetaData(
     }
 )
 
+_last = 0  # of the ids given out by this process
+_lock = Lock()
+
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}_{str(ULID()).lower()}"
+    """Later ids of a process sort after earlier ones, within a millisecond too and when the clock is set back."""
+    global _last
+    with _lock:
+        _last = max(_last + 1, int(ULID()))
+        return f"{prefix}_{str(ULID.from_int(_last)).lower()}"
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+def now(plus: float = 0.0) -> str:
+    """The time so many seconds from now."""
+    return (datetime.now(UTC) + timedelta(seconds=plus)).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 house = Table(  # facts about the whole installation: backbone, signing secret, operator's key

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import secrets
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,17 +22,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import Lease, Residency, slots_of
-from backbone import Backbone, load_backbone
+from adapters_store import DamagedAdapter, Lease, Residency, durable, slots_of
+from backbone import Backbone, Graphs, load_backbone
 from backbone.batcher import Batcher
 from indexer.sandbox import Limits, Sandbox
 from service import catalog, keys
-from service.blobs import Blobs, adapter_key
+from service.blobs import BlobMissing, Blobs, adapter_key
 from service.catalog import Generation
 from service.database import Database
 from service.settings import Settings
 
 CLOSE_SECONDS = 5.0
+CPU_FRAMES = 24  # in one forward there: more are no faster (ViT-B/32: 0.12 s a frame), and an upload waits for those before it
 
 
 class OtherBackbone(RuntimeError):
@@ -49,9 +51,10 @@ class Runtime:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        settings.data.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(settings.data)
         self.database = Database(settings.database)
         self.blobs = Blobs(settings.blob_root, settings.scratch)
+        self.trainers: set[subprocess.Popen[str]] = set()  # training processes that are this one's children
         self._lock = threading.RLock()
 
     def prepare(self) -> str | None:
@@ -84,6 +87,12 @@ class Runtime:
         return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Half precision is for GPUs, and float16: it keeps the first ten hits of more queries than bfloat16 (docs/log.md)."""
+        name = self.settings.precision or ("float16" if self.device.type == "cuda" else "float32")
+        return getattr(torch, name)  # type: ignore[no-any-return]
+
+    @property
     def backbone(self) -> Backbone:
         """Loaded at the first call. Raises OtherBackbone if the data folder was made with another one."""
         with self._lock:
@@ -93,7 +102,7 @@ class Runtime:
     def _backbone(self) -> Backbone:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
-        backbone = load_backbone(self.choice.name, self.choice.pretrained, self.device)
+        backbone = load_backbone(self.choice.name, self.choice.pretrained, self.device, dtype=self.dtype)
         with self.database.write() as connection:
             recorded = catalog.fact(connection, "backbone")
             if recorded is None:
@@ -128,7 +137,23 @@ class Runtime:
             stack_bytes=self.settings.adapter_bytes,
             host_bytes=self.settings.adapter_host_bytes,
             rank=min(self.settings.adapter_rank, self.backbone.dims.text_width, self.backbone.dims.visual_width),
+            dtype=self.backbone.dtype,
         )
+
+    @cached_property
+    def _encoder(self) -> Backbone | Graphs:
+        """What the batchers call: on a GPU the captured forward, on a CPU the backbone's own."""
+        if self.device.type == "cuda":
+            return Graphs(self.backbone, self.residency.stack, self.settings.batch_texts, self.settings.batch_frames)
+        return self.backbone
+
+    def warm(self) -> None:
+        """Loads the backbone and runs it once, on a GPU in every size, so that the first query is as fast as the next."""
+        with self._lock:
+            encoder = self._encoder
+        if isinstance(encoder, Graphs):
+            encoder.warm()
+        self.texts.submit((self.backbone.tokenize(["a video"]).ids[0], None)).result()
 
     def check(self, generation: Generation) -> None:
         """Raises OtherBackbone for a generation whose vectors another backbone made."""
@@ -138,7 +163,7 @@ class Runtime:
     def request_lease(self, generation: Generation) -> Future[Lease] | None:
         """A lease of a generation's adapter, on its way; None for the frozen backbone.
 
-        Raises OtherBackbone; the future may hold InvalidAdapter, AdapterMismatch or BlobMissing.
+        Raises OtherBackbone; the future may hold DamagedAdapter or AdapterMismatch.
         """
         self.check(generation)
         if generation.digest is None:
@@ -161,9 +186,16 @@ class Runtime:
             self.residency.prefetch(generation.digest, self.fetch(generation))
 
     def fetch(self, generation: Generation) -> Callable[[], bytes]:
-        """Reads the file of a generation's adapter."""
-        key = adapter_key(generation.collection_id, str(generation.digest))
-        return lambda: self.blobs.get(key)
+        """Reads the file of a generation's adapter. What it returns raises DamagedAdapter where there is none."""
+        digest = str(generation.digest)
+
+        def read() -> bytes:
+            try:
+                return self.blobs.get(adapter_key(generation.collection_id, digest))
+            except BlobMissing as error:
+                raise DamagedAdapter(f"the file of adapter {digest[:12]} is gone") from error
+
+        return read
 
     @property
     def texts(self) -> Batcher[tuple[Tensor, Lease | None], NDArray[np.float32]]:
@@ -173,12 +205,12 @@ class Runtime:
 
     @cached_property
     def _texts(self) -> Batcher[tuple[Tensor, Lease | None], NDArray[np.float32]]:
-        backbone = self.backbone
+        encoder = self._encoder
 
         def encode(rows: Sequence[tuple[Tensor, Lease | None]]) -> Sequence[NDArray[np.float32]]:
             with torch.inference_mode():
                 tokens = torch.stack([tokens for tokens, _ in rows])
-                return list(backbone.encode_text(tokens, slots_of([lease for _, lease in rows])).cpu().numpy())
+                return list(encoder.encode_text(tokens, slots_of([lease for _, lease in rows])).cpu().numpy())
 
         settings = self.settings
         return Batcher(
@@ -193,16 +225,17 @@ class Runtime:
 
     @cached_property
     def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
-        backbone = self.backbone
+        encoder = self._encoder
 
         def encode(rows: Sequence[tuple[NDArray[np.uint8], Lease | None]]) -> Sequence[NDArray[np.float32]]:
             with torch.inference_mode():
                 pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
                 leases = [lease for pixels, lease in rows for _ in pixels]
-                vectors = backbone.encode_frames(pixels, slots_of(leases)).cpu().numpy()
+                vectors = encoder.encode_frames(pixels, slots_of(leases)).cpu().numpy()
             return np.split(vectors, np.cumsum([len(pixels) for pixels, _ in rows])[:-1])
 
-        return Batcher(encode, self.settings.batch_frames, name="frames")
+        most = self.settings.batch_frames if self.device.type == "cuda" else min(CPU_FRAMES, self.settings.batch_frames)
+        return Batcher(encode, most, name="frames")
 
     @property
     def decoder(self) -> DecoderPool:
@@ -232,12 +265,19 @@ class DecoderPool:
 
     def decode(self, *arguments: Any) -> Any:
         """`Sandbox.decode` on the next free process."""
+        return self._lent(lambda sandbox: sandbox.decode(*arguments))
+
+    def reopen(self, *arguments: Any) -> Any:
+        """`Sandbox.reopen` on the next free process."""
+        return self._lent(lambda sandbox: sandbox.reopen(*arguments))
+
+    def _lent(self, work: Callable[[Sandbox], Any]) -> Any:
         with self._returned:
             while not self._free:
                 self._returned.wait()
             sandbox = self._free.pop()
         try:
-            return sandbox.decode(*arguments)
+            return work(sandbox)
         finally:
             with self._returned:
                 self._free.append(sandbox)

@@ -32,6 +32,8 @@ class CollectionSettings(In):
     segment_seconds: float | None = Field(None, gt=0, le=3600, description="Length of a segment, seconds.")
     description: str | None = Field(None, max_length=1000)
     pinned: bool | None = Field(None, description="Keep the active adapter on the device, used or not.")
+    keep_generations: int | None = Field(None, ge=0, le=100, description="Retired generations that are kept.")
+    keep_generation_days: float | None = Field(None, ge=0, le=36500, description="Days for which they are kept.")
 
 
 class NewCollection(In):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
 from backbone import TEMPERATURE
-from indexer.index import Candidate, IndexView, rescore, use_one_thread
+from indexer.index import Candidate, rescore
 from service import catalog
 from service.catalog import Collection, Generation, Video
 from service.filters import matches
+from service.frame_vectors import FrameVectors
 from service.runtime import Runtime
 from service.text_cache import TextCache, TextKey, TextVector, text_key
+from service.views import Views
 
 log = structlog.get_logger()
-
-TAIL = 4096  # rows read at once when a view follows the table
 
 
 class EmptyText(ValueError):
@@ -48,9 +48,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All hits of a query that the candidates give, best first, and where they were looked for."""
+    """The best hits of a query, at most as many as were wanted and one more; how many the candidates give; where they are."""
 
     hits: Sequence[Hit]
+    total: int
     collection: Collection
     generation: Generation
     total_videos: int
@@ -72,12 +73,17 @@ class Searcher:
     """Answers queries; safe to use from several threads and from an event loop at once."""
 
     def __init__(self, runtime: Runtime) -> None:
-        use_one_thread()
         self._runtime = runtime
         self.texts = TextCache(runtime.settings.text_cache_bytes)
-        self._views: OrderedDict[str, IndexView] = OrderedDict()
+        self.views = Views(runtime)
+        self.frames = FrameVectors(runtime.database, runtime.settings.frame_cache_bytes)
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "search")  # more would only fight for the interpreter
         self._pinned: dict[str, str] = {}  # collection → digest
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.views.close()
 
     def search(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
         """At least the best `wanted` hits, if there are so many; arguments as of `_find`.
@@ -95,7 +101,8 @@ class Searcher:
         clock.lap("resolve")
         encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
         clock.lap("encode")
-        return await to_thread.run_sync(partial(self._find, question, encoded, clock, **how))
+        find = partial(self._find, question, encoded, clock, **how)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, find)
 
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
         with self._runtime.database.read() as connection:
@@ -139,16 +146,16 @@ class Searcher:
     ) -> Found:
         """The hits of an encoded text. With `exact`, candidates are rescored over their frames."""
         tenant, collection, generation = question.tenant, question.collection, question.generation
-        view = self._view(tenant, generation)
+        view = self.views.view(tenant, generation)
         allowed = self._allowed(tenant, collection, where)
         candidates = view.search(encoded.vector, max(self._runtime.settings.candidates, 3 * wanted), allowed)
         clock.lap("search")
         if exact and candidates:
             candidates = self._rescore(tenant, generation, encoded.vector, candidates)
         clock.lap("rescore")
-        hits = self._hits(tenant, candidates, group_by)
+        hits, total = self._hits(tenant, candidates, group_by, wanted + 1)
         clock.lap("load")
-        return Found(hits, collection, generation, view.videos, encoded.truncated, clock.timings())
+        return Found(hits, total, collection, generation, view.videos, encoded.truncated, clock.timings())
 
     def _pin(self, collection: Collection, generation: Generation) -> None:
         """Keeps a collection's adapter on the device where its settings ask for it."""
@@ -168,19 +175,6 @@ class Searcher:
                 else:
                     self._pinned[collection.id] = wanted
 
-    def _view(self, tenant: str, generation: Generation) -> IndexView:
-        """The view of the generation's vectors, up to date with the table."""
-        with self._lock:
-            view = self._views.setdefault(generation.vector_set, IndexView(self._runtime.backbone.embed_dim))
-            self._views.move_to_end(generation.vector_set)
-        with self._runtime.database.read() as connection:
-            while rows := catalog.segments_after(connection, tenant, generation.vector_set, view.last_seq, TAIL):
-                view.apply(rows)
-        with self._lock:
-            while len(self._views) > 1 and sum(v.bytes for v in self._views.values()) > self._runtime.settings.view_bytes:
-                self._views.popitem(last=False)
-        return view
-
     def _allowed(self, tenant: str, collection: Collection, where: Mapping[str, Any] | None) -> set[str] | None:
         if where is None:
             return None
@@ -191,26 +185,30 @@ class Searcher:
     def _rescore(
         self, tenant: str, generation: Generation, query: NDArray[np.float32], candidates: Sequence[Candidate]
     ) -> list[Candidate]:
-        with self._runtime.database.read() as connection:
-            frames = catalog.frame_vectors(connection, tenant, generation.vector_set, [c.seq for c in candidates])
+        frames = self.frames.get(tenant, generation.vector_set, [c.seq for c in candidates])
         held = [c for c in candidates if c.seq in frames]  # a video may have been deleted since
         scores = rescore(query, [frames[c.seq] for c in held], TEMPERATURE)
         scored = [Candidate(c.seq, c.segment, float(s)) for c, s in zip(held, scores, strict=True)]
         return sorted(scored, key=lambda c: -c.score)
 
-    def _hits(self, tenant: str, candidates: Sequence[Candidate], group_by: str) -> list[Hit]:
+    def _hits(self, tenant: str, candidates: Sequence[Candidate], group_by: str, wanted: int) -> tuple[list[Hit], int]:
+        """The first `wanted` hits, and the number of all; a video that has been deleted since is in neither."""
         if group_by == "video":
             best: dict[str, Candidate] = {}
             for candidate in candidates:
                 best.setdefault(candidate.segment.video_id, candidate)
             candidates = list(best.values())
-        with self._runtime.database.read() as connection:
-            videos = catalog.videos_by_id(connection, tenant, {c.segment.video_id for c in candidates})
-        return [
-            Hit(videos[s.video_id], s.start, s.end, c.score, s.ordinal)
-            for c in candidates
-            if (s := c.segment).video_id in videos
-        ]
+        hits: list[Hit] = []
+        gone = taken = 0
+        while len(hits) < wanted and taken < len(candidates):
+            part = candidates[taken : taken + wanted]
+            taken += len(part)
+            with self._runtime.database.read() as connection:
+                videos = catalog.videos_by_id(connection, tenant, {c.segment.video_id for c in part})
+            there = [c for c in part if c.segment.video_id in videos]
+            gone += len(part) - len(there)
+            hits += [Hit(videos[s.video_id], s.start, s.end, c.score, s.ordinal) for c in there if (s := c.segment)]
+        return hits[:wanted], len(candidates) - gone
 
 
 def _give_back(request: Future[Lease]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 
 from service.app import create_app
@@ -13,6 +16,8 @@ from service.logs import configure
 from service.runtime import Runtime
 from service.settings import Settings
 from service.supervisor import Supervisor
+
+DRAIN_SECONDS = 5  # for requests that are being answered, uploads that are being received
 
 console = Console(stderr=True, highlight=False)
 
@@ -35,12 +40,29 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
         supervisor.start()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: the end is ours
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(create_app(settings, runtime), log_level="warning", timeout_graceful_shutdown=5, access_log=False)
+    app = create_app(settings, runtime)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, access_log=False)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, app, supervisor).run(sockets=[listener])
     finally:
         if supervisor is not None:
             supervisor.stop()
+
+
+class _Server(uvicorn.Server):
+    """Told to end, it takes no more connections and answers what has been asked, and the worker drains at the same time."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, supervisor: Supervisor | None) -> None:
+        super().__init__(config)
+        self._app, self._supervisor = app, supervisor
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:  # asked twice: now; the worker dies with this process
+            os._exit(1)
+        self._app.state.draining.set()
+        if self._supervisor is not None:
+            self._supervisor.ask_to_stop()
+        super().handle_exit(sig, frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,11 +24,15 @@ class Settings(BaseSettings):
     backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
     pretrained: str | None = Field(None, description="Weights of that model: a tag, a file, or `random`.")
     device: str | None = Field(None, description="`cpu` or `cuda`; default: cuda where there is one.")
+    precision: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="What the backbone computes in; default: float32 on a CPU, float16 on a GPU."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one forward pass; default: torch's choice.")
 
     segment_seconds: float = Field(30.0, gt=0, description="Videos longer than this are cut into equal segments, in seconds.")
     cached_short_side: int = Field(256, ge=16, description="Short side of the cached frames, in pixels.")
     max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")
+    max_archive_bytes: int = Field(65536 * MiB, ge=1, description="Largest archive that is imported over HTTP, in bytes.")
     max_video_seconds: float = Field(4 * 3600, gt=0, description="Longest video, in seconds.")
     decode_seconds: float = Field(600.0, gt=0, description="Wall time that decoding one video may take, in seconds.")
     decode_bytes: int = Field(2048 * MiB, ge=64 * MiB, description="Memory that decoding one video may take, in bytes.")
@@ -35,14 +40,22 @@ class Settings(BaseSettings):
 
     candidates: int = Field(200, ge=1, description="Segments that the first stage hands to exact rescoring.")
     text_cache_bytes: int = Field(64 * MiB, ge=0, description="Text vectors kept, by adapter and text, in bytes.")
+    frame_cache_bytes: int = Field(256 * MiB, ge=0, description="Frame vectors kept for rescoring, in bytes.")
     adapter_bytes: int = Field(256 * MiB, ge=1, description="Adapters kept on the device, in bytes.")
     adapter_host_bytes: int = Field(1024 * MiB, ge=0, description="Adapters kept in the host's memory, in bytes.")
     adapter_rank: int = Field(16, ge=1, description="Largest rank that is kept on the device; larger ones are slower.")
     view_bytes: int = Field(2048 * MiB, ge=1, description="Index views kept in memory, in bytes.")
+    snapshot_bytes: int = Field(4096 * MiB, ge=0, description="Snapshots of index views kept on disk, in bytes; 0: none.")
     batch_texts: int = Field(64, ge=1, description="Largest batch of texts in one forward pass.")
     queue_texts: int = Field(1024, ge=2, description="Texts that may wait to be encoded, half of them one tenant's.")
     search_seconds: float = Field(20.0, gt=0, description="How long a text may wait to be encoded, in seconds.")
     batch_frames: int = Field(96, ge=1, description="Largest batch of frames in one forward pass.")
+    keep_generations: int = Field(2, ge=0, description="Retired generations that each collection keeps, ready for a switch.")
+    keep_generation_days: float = Field(30.0, ge=0, description="Days after which a retired generation is removed.")
+    job_tries: int = Field(6, ge=1, description="Tries of a task that fails by what may pass, minutes apart at last.")
+    job_deaths: int = Field(3, ge=1, description="Deaths of its worker after which a task that ran each time fails.")
+    keep_task_days: float = Field(90.0, ge=0, description="Days after which a task that has ended is forgotten.")
+    worker_id: str = Field("0", description="Tells workers on one data folder apart (PostgreSQL); the same at each start.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
 
     @property
@@ -63,3 +76,8 @@ class Settings(BaseSettings):
     def scratch(self) -> Path:
         """Files on their way: uploads, decoded frames, training sets. On the same file system as the blobs."""
         return self.data.absolute() / "scratch"
+
+    @property
+    def snapshots(self) -> Path:
+        """Snapshots of index views, a cache of this machine's own."""
+        return self.data.absolute() / "snapshots"

@@ -15,31 +15,40 @@ from service.settings import Settings
 log = structlog.get_logger()
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds; from the start again after a minute of life
 
+STOP_SECONDS = 9.0
+
 
 class Supervisor:
-    """Keeps one `polyclip worker` alive. The child ends when this process does, even by kill -9."""
+    """Keeps one worker alive. The child ends when this process does, even by kill -9."""
 
     def __init__(self, settings: Settings) -> None:
         self._environment = {**os.environ, **environment(settings)}
         self._child: subprocess.Popen[bytes] | None = None
+        self._asked: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """SIGTERM, and after eight seconds SIGKILL."""
+    def ask_to_stop(self) -> None:
+        """SIGTERM, not waited for."""
         self._stopping.set()
-        child = self._child
-        if child is not None and child.poll() is None:
-            child.terminate()
+        self._asked = self._asked or time.monotonic()
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+
+    def stop(self) -> None:
+        """SIGTERM, if there was none yet, and nine seconds after it SIGKILL."""
+        if self._asked is None:
+            self.ask_to_stop()
+        if self._child is not None and self._asked is not None:
             try:
-                child.wait(timeout=8)
+                self._child.wait(timeout=max(0.1, self._asked + STOP_SECONDS - time.monotonic()))
             except subprocess.TimeoutExpired:
-                child.kill()
+                self._child.kill()
         if self._thread.is_alive():
-            self._thread.join(timeout=2)
+            self._thread.join(timeout=1)
 
     def _watch(self) -> None:
         failures = 0
@@ -47,6 +56,8 @@ class Supervisor:
             started = time.monotonic()
             command = [sys.executable, "-m", "service.worker", "--parent", str(os.getpid())]
             self._child = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
+            if self._stopping.is_set():  # asked to stop just now, when there was no child
+                self._child.terminate()
             status = self._child.wait()
             if self._stopping.is_set():
                 return

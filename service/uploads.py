@@ -53,12 +53,9 @@ class Upload:
         if name not in self.fields:
             return None
         try:
-            value = json.loads(self.fields[name])
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
-        except (ValueError, RecursionError) as error:
-            raise InvalidUpload(f"the part {name!r} is not JSON: {str(error)[:100]}") from error
-        if not _within(value, DEPTH):
-            raise InvalidUpload(f"the part {name!r} is nested more than {DEPTH} levels deep")
+            value = parse_json(self.fields[name])
+        except ValueError as error:
+            raise InvalidUpload(f"the part {name!r} is {error}") from error
         if not isinstance(value, kind):
             raise InvalidUpload(f"the part {name!r} must be a JSON {'object' if kind is dict else 'list'}")
         return value
@@ -140,9 +137,22 @@ async def receive(
         texts = {name: value.value.decode("utf-8", "replace") for name, value in values.items() if value.value}
         return Upload(path, _label(target.multipart_filename), target.sha256, target.size, texts)
     except BaseException:
-        target.close()
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be full: what is buffered cannot be written
+            target.close()
         raise
+
+
+def parse_json(text: str) -> Any:
+    """JSON that can be stored and sent again. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {str(error)[:100]}") from error
+    if not _within(value, DEPTH):
+        raise ValueError(f"nested more than {DEPTH} levels deep")
+    return value
 
 
 def check_container(head: bytes) -> None:

@@ -193,7 +193,8 @@ def _publish(
     import hashlib
 
     import adapters_store
-    from training.checkpoint import write_tensors, write_text
+    from adapters_store import durable
+    from training.checkpoint import write_tensors
 
     metrics = {**trained.metrics, **({"test": tested} if tested is not None else {})}
     data = metrics.pop("data")
@@ -203,7 +204,7 @@ def _publish(
         write_tensors(weights, trained.tensors, {"command": facts["command"]})
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         about = {"digest": digest, "recipe": recipe.to_json(), "metrics": metrics, "data": data, "created_at": created_at}
-        write_text(out / "manifest.json", json.dumps(about, indent=2))
+        durable.write(out / "manifest.json", json.dumps(about, indent=2).encode())
         return digest
     packed = adapters_store.pack(trained.shape, backbone.fingerprint, trained.tensors)
     manifest = adapters_store.describe(

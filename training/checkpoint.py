@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from adapters_store import durable
 
 FORMAT = "polyclip-checkpoint/1"
 
@@ -48,30 +49,12 @@ def save(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, written aside, synced, then put in place. Raises OSError, and leaves the old file, on a full disk."""
-    aside = path.with_suffix(".part")
+    """A safetensors file. Raises OSError, and leaves the old file, on a full disk."""
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, metadata)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with durable.aside(path) as part:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, written aside, synced, then put in place."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def restore(

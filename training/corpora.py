@@ -6,19 +6,22 @@ that `training.dataset` reads. docs/datasets.md says which file goes where.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 
+from adapters_store import durable
 from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Sampling
 from indexer.frames import pack_frames
 from indexer.sandbox import Sandbox
@@ -139,6 +142,7 @@ def cache_frames(
     archives: dict[str, Path] = {}
     bad: dict[str, str] = {}
     with ExitStack() as stack:
+        stack.enter_context(_in_use(cache))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         sandboxes: SimpleQueue[Sandbox] = SimpleQueue()
         for _ in range(workers):
@@ -173,11 +177,26 @@ def cache_frames(
     )
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     dataset = cache / f"{corpus.name}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-    _publish(dataset, data)
+    durable.write(dataset, data)
     return dataset
 
 
 # --- decoding
+
+
+@contextmanager
+def _in_use(cache: Path) -> Iterator[None]:
+    """Holds the folder, with others; who finds nobody else in it removes what runs that were killed left half-way."""
+    descriptor = os.open(cache, os.O_RDONLY)
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in [*cache.glob(".decoding-*"), *cache.glob(".*.part")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _cached(corpus: Corpus, clip: Clip, cache: Path, sandboxes: SimpleQueue[Sandbox]) -> Path:
@@ -206,23 +225,10 @@ def _cached(corpus: Corpus, clip: Clip, cache: Path, sandboxes: SimpleQueue[Sand
                 whole = sandbox.decode(clip.file, folder, replace(sampling, frames_per_segment=count)).segments[0]
                 first = DecodedSegment(0.0, corpus.seconds, whole.frame_files[: corpus.frames], whole.thumbnail_file)
                 video = DecodedVideo(video.facts, (first,))
-            _publish(archive, pack_frames(video, folder))
+            durable.write(archive, pack_frames(video, folder))
     finally:
         sandboxes.put(sandbox)
     return archive
-
-
-def _publish(path: Path, data: bytes) -> None:
-    aside = NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False)  # noqa: SIM115
-    try:
-        with aside:
-            aside.write(data)
-            aside.flush()
-            os.fsync(aside.fileno())
-        os.replace(aside.name, path)
-    except BaseException:
-        os.unlink(aside.name)
-        raise
 
 
 # --- the videos

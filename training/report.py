@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from training.checkpoint import write_text
+from adapters_store import durable
 from training.dataset import Pair
 from training.evaluation import METRICS, Evaluation, Gain, Recall, expected_ranks, gain
 
@@ -96,7 +96,7 @@ def write_report(
         judged=own[-1] if own else None,
         failures=_worst(measured[own[-1]], pairs, thumbnails, worst) if own else [],
     )
-    write_text(path, html)
+    durable.write(path, html.encode())
 
 
 def write_json(
@@ -116,7 +116,8 @@ def write_json(
         "curve": list(curve or ()),
         "loss": [list(point) for point in loss or ()],
     }
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
+    durable.write(path, text.encode())
 
 
 def line_plot(

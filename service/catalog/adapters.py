@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select
+from sqlalchemy import Connection, and_, func, insert, select, update
 
+from service.catalog.generations import generations_of, set_generation_state
 from service.catalog.rows import NotFound, Page, page, record
 from service.records import adapters, new_id, now
+
+
+class AdapterInUse(ValueError):
+    """The collection's searches use this adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +29,11 @@ class AdapterVersion:
 
 
 def add_adapter(connection: Connection, tenant: str, collection: str, manifest: Mapping[str, Any]) -> AdapterVersion:
-    """A published version; the same bytes published twice are the same version."""
+    """A published version; the same bytes published twice are the same version, a deleted one that is not yet purged too."""
     mine = and_(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection)
     row = connection.execute(select(adapters).where(mine, adapters.c.digest == manifest["digest"])).mappings().first()
     if row is not None:
+        connection.execute(update(adapters).where(adapters.c.id == row["id"]).values(deleted_at=None))
         return record(AdapterVersion, row)
     latest = connection.scalar(select(func.coalesce(func.max(adapters.c.version), 0)).where(mine)) or 0
     version = AdapterVersion(new_id("adp"), tenant, collection, latest + 1, manifest["digest"], dict(manifest), now())
@@ -39,12 +45,25 @@ def add_adapter(connection: Connection, tenant: str, collection: str, manifest: 
 
 def adapter(connection: Connection, tenant: str, collection: str, adapter_id: str) -> AdapterVersion:
     mine = and_(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection, adapters.c.id == adapter_id)
-    row = connection.execute(select(adapters).where(mine)).mappings().first()
+    row = connection.execute(select(adapters).where(mine, adapters.c.deleted_at.is_(None))).mappings().first()
     if row is None:
         raise NotFound("adapter", adapter_id)
     return record(AdapterVersion, row)
 
 
 def list_adapters(connection: Connection, tenant: str, collection: str, limit: int, after: str | None) -> Page:
-    query = select(adapters).where(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection)
+    mine = and_(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection)
+    query = select(adapters).where(mine, adapters.c.deleted_at.is_(None))
     return page(connection, query, AdapterVersion, adapters.c.id, limit, after)
+
+
+def mark_adapter_deleted(connection: Connection, tenant: str, collection: str, adapter_id: str) -> None:
+    """The adapter leaves every list; a generation that is being built with it stops. Raises NotFound, AdapterInUse."""
+    version = adapter(connection, tenant, collection, adapter_id)
+    for generation in generations_of(connection, tenant, collection):
+        if generation.adapter_id == adapter_id and generation.state == "active":
+            raise AdapterInUse(f"the searches use version {version.version}: activate another adapter, or none, first")
+        if generation.adapter_id == adapter_id and generation.state == "building":
+            set_generation_state(connection, tenant, generation.id, "retired")
+    mine = and_(adapters.c.tenant_id == tenant, adapters.c.id == adapter_id)
+    connection.execute(update(adapters).where(mine).values(deleted_at=now()))

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from service.catalog.generations import Generation, add_generation, generations_of, set_generation_state, with_digest
 from service.catalog.rows import NAME, AlreadyExists, NotFound, Page, checked_name, page, record
-from service.catalog.tenants import Tenant, check_quota
+from service.catalog.tenants import Tenant, check_quota, tenant_named
 from service.records import collections, generations, new_id, now, videos
 
 
@@ -30,6 +30,7 @@ def create_collection(
     connection: Connection, tenant: Tenant, name: str, settings: Mapping[str, Any], backbone: str
 ) -> Collection:
     """A collection with its first generation, the frozen backbone without adapter, active at once."""
+    tenant_named(connection, tenant.name)  # raises NotFound where it has been deleted since it was asked for
     check_quota(connection, tenant, collections=1)
     collection = new_id("col")
     generation = add_generation(connection, tenant.id, collection, None, backbone, None, state="active", insert_row=False)
@@ -123,7 +124,6 @@ def switch(connection: Connection, tenant: str, collection: str, generation_id: 
     for other in generations_of(connection, tenant, collection):
         if other.state == "active":
             set_generation_state(connection, tenant, other.id, "retired")
-    mine = and_(generations.c.tenant_id == tenant, generations.c.id == generation_id)
-    connection.execute(update(generations).where(mine).values(state="active", activated_at=now()))
+    set_generation_state(connection, tenant, generation_id, "active")
     theirs = and_(collections.c.tenant_id == tenant, collections.c.id == collection)
     connection.execute(update(collections).where(theirs).values(active_generation_id=generation_id))

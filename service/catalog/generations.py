@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, insert, select, update
+from sqlalchemy import Connection, and_, delete, distinct, exists, func, insert, select, update
 
-from service.catalog.rows import NotFound, record
-from service.records import adapters, generations, new_id, now
+from service.catalog.rows import NotFound, Page, page, record
+from service.catalog.tasks import OPEN
+from service.records import adapters, collections, generations, new_id, now, segments, tasks, videos
+
+ACTIVATING = ("activate", "train_adapter")  # kinds of tasks that build generations
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,77 @@ def vector_sets(connection: Connection, tenant: str, collection: str) -> list[st
     return sorted({g.vector_set for g in generations_of(connection, tenant, collection)})
 
 
+def list_generations(connection: Connection, tenant: str, collection: str, limit: int, after: str | None) -> Page:
+    mine = and_(generations.c.tenant_id == tenant, generations.c.collection_id == collection)
+    return page(connection, with_digest.where(mine), Generation, generations.c.id, limit, after)
+
+
 def set_generation_state(connection: Connection, tenant: str, generation_id: str, state: str) -> None:
+    """`building`, `active` or `retired`, with the time of it."""
+    times = {"active": {"activated_at": now()}, "retired": {"retired_at": now()}}.get(state, {})
     mine = and_(generations.c.tenant_id == tenant, generations.c.id == generation_id)
-    connection.execute(update(generations).where(mine).values(state=state))
+    connection.execute(update(generations).where(mine).values(state=state, **{"retired_at": None, **times}))
+
+
+def holdings(connection: Connection, tenant: str, collection: str, vector_set: str) -> tuple[int, int]:
+    """How many of the collection's ready videos a vector set holds, and how many it lacks."""
+    ready = and_(
+        videos.c.tenant_id == tenant,
+        videos.c.collection_id == collection,
+        videos.c.status == "ready",
+        videos.c.deleted_at.is_(None),
+    )
+    held = (
+        select(func.count(distinct(segments.c.video_id)))
+        .join(videos, videos.c.id == segments.c.video_id)
+        .where(ready, segments.c.vector_set == vector_set, segments.c.ordinal >= 0)
+    )
+    total = connection.scalar(select(func.count()).select_from(videos).where(ready)) or 0
+    return (holds := connection.scalar(held) or 0), total - holds
+
+
+def later_activation(connection: Connection, tenant: str, collection: str, asked: str) -> tuple[str, str | None] | None:
+    """(task, adapter) of the last activation that was asked for after the time `asked` and has not failed.
+
+    One from more than a minute ahead does not count: the clock has been set back since.
+    """
+    mine = and_(tasks.c.tenant_id == tenant, tasks.c.collection_id == collection, tasks.c.kind == "activate")
+    after = and_(tasks.c.created_at > asked, tasks.c.created_at <= now(60), tasks.c.status.in_((*OPEN, "succeeded")))
+    row = connection.execute(select(tasks.c.id, tasks.c.request).where(mine, after).order_by(tasks.c.created_at.desc())).first()
+    return None if row is None else (row.id, row.request["adapter_id"])
+
+
+def remove_generation(connection: Connection, tenant: str, generation_id: str) -> bool:
+    """Takes out the row of a retired generation whose vectors no other generation searches; False leaves all as it is.
+
+    Its vectors are nobody's from now on: `drop_vectors` takes them out.
+    """
+    other = generations.alias()
+    used = exists().where(other.c.vector_set == generation_id, other.c.id != generation_id)
+    mine = and_(generations.c.tenant_id == tenant, generations.c.id == generation_id, generations.c.state == "retired")
+    return bool(connection.execute(delete(generations).where(mine, ~used)).rowcount)
+
+
+def retired_generations(connection: Connection) -> list[tuple[Generation, dict[str, Any]]]:
+    """Every tenant's retired generations that have an adapter, with the settings of their collections: for retention alone.
+
+    The latest comes first, those that were never in use last.
+    """
+    standing = and_(generations.c.state == "retired", generations.c.adapter_id.is_not(None), collections.c.deleted_at.is_(None))
+    last = func.coalesce(generations.c.retired_at, generations.c.activated_at, generations.c.created_at)
+    query = (
+        with_digest.add_columns(collections.c.settings)
+        .join(collections, collections.c.id == generations.c.collection_id)
+        .where(standing)
+        .order_by(generations.c.activated_at.is_(None), last.desc())
+    )
+    return [(record(Generation, row), dict(row["settings"])) for row in connection.execute(query).mappings()]
+
+
+def retire_abandoned(connection: Connection) -> int:
+    """Retires every tenant's generations in state building that no open task builds: for the sweep alone."""
+    builder = exists().where(
+        tasks.c.collection_id == generations.c.collection_id, tasks.c.kind.in_(ACTIVATING), tasks.c.status.in_(OPEN)
+    )
+    abandoned = and_(generations.c.state == "building", ~builder)
+    return connection.execute(update(generations).where(abandoned).values(state="retired", retired_at=now())).rowcount

@@ -7,9 +7,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, select
 
-from service.catalog.rows import record
+from service.catalog.collections import lock_collection
+from service.catalog.rows import NotFound, record
 from service.catalog.videos import Video
-from service.records import generations, segments, videos
+from service.records import collections, generations, segments, videos
 
 
 def missing_vectors(connection: Connection, tenant: str, collection: str, vector_set: str) -> list[Video]:
@@ -39,17 +40,29 @@ def has_vectors(connection: Connection, tenant: str, video_id: str, vector_set: 
 def add_segments(
     connection: Connection, tenant: str, video_id: str, vector_set: str, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Vectors of a live video, once: `rows` hold ordinal, start, end, pooled and frames."""
+    """Vectors of a live video, all at once and once only: `rows` hold ordinal, start, end, pooled and frames.
+
+    Index views rely on it that the rows of a set become visible in the order of their sequence numbers, or they would pass
+    over a smaller number that is committed after a larger one. So whoever writes rows of a set, here or in
+    `mark_video_deleted`, holds the lock on its collection from before the first number is taken until the commit. (SQLite
+    has one writer at a time anyway.) Raises NotFound if the set is not the tenant's.
+    """
+    owner = and_(generations.c.tenant_id == tenant, generations.c.id == vector_set)
+    collection = connection.scalar(select(generations.c.collection_id).where(owner))
+    if collection is None:
+        raise NotFound("generation", vector_set)
+    lock_collection(connection, tenant, collection)
     if has_vectors(connection, tenant, video_id, vector_set):
         return
     for row in rows:
         connection.execute(insert(segments).values(vector_set=vector_set, video_id=video_id, **row))
 
 
-def drop_vectors(connection: Connection, tenant: str, vector_set: str) -> None:
-    """Removes a vector set of the tenant's."""
-    if connection.scalar(select(generations.c.id).where(generations.c.tenant_id == tenant, generations.c.id == vector_set)):
-        connection.execute(delete(segments).where(segments.c.vector_set == vector_set))
+def drop_vectors(connection: Connection, tenant: str | None, vector_set: str, limit: int = 500) -> int:
+    """Removes up to `limit` rows of a vector set that is the tenant's or, its generation being gone, nobody's."""
+    foreign = exists().where(generations.c.id == vector_set, generations.c.tenant_id.is_distinct_from(tenant))
+    some = select(segments.c.seq).where(segments.c.vector_set == vector_set, ~foreign).order_by(segments.c.seq).limit(limit)
+    return connection.execute(delete(segments).where(segments.c.seq.in_(some))).rowcount
 
 
 def segments_after(connection: Connection, tenant: str, vector_set: str, seq: int, limit: int) -> list[dict[str, Any]]:
@@ -58,6 +71,22 @@ def segments_after(connection: Connection, tenant: str, vector_set: str, seq: in
     mine = and_(_in_set(tenant, vector_set), segments.c.seq > seq)
     rows = connection.execute(select(*columns).where(mine).order_by(segments.c.seq).limit(limit))
     return [dict(row) for row in rows.mappings()]
+
+
+def tally(connection: Connection, tenant: str, vector_set: str) -> tuple[int, int, int, str]:
+    """Of a vector set: the newest sequence number, how many rows, the sum of their numbers, the greatest video id."""
+    mine = _in_set(tenant, vector_set)
+    greatest = select(func.max(segments.c.video_id)).where(mine).scalar_subquery()  # apart: each is read from an index alone
+    query = select(func.max(segments.c.seq), func.count(), func.sum(segments.c.seq), greatest).where(mine)
+    newest, count, total, video = connection.execute(query).one()
+    return int(newest or 0), int(count), int(total or 0), str(video or "")
+
+
+def searched_sets(connection: Connection, tenant: str) -> set[str]:
+    """The vector sets that searches of the tenant's collections use now."""
+    active = and_(collections.c.active_generation_id == generations.c.id, collections.c.deleted_at.is_(None))
+    query = select(generations.c.vector_set).join(collections, active).where(generations.c.tenant_id == tenant)
+    return set(connection.scalars(query))
 
 
 def frame_vectors(connection: Connection, tenant: str, vector_set: str, seqs: Iterable[int]) -> dict[int, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, select, update
 
 from service.catalog.rows import AlreadyExists, NotFound, QuotaExceeded, checked_name, record
 from service.records import adapters, api_keys, collections, new_id, now, tenants, videos
@@ -41,18 +41,24 @@ def create_tenant(connection: Connection, name: str, quotas: Mapping[str, Any]) 
 
 
 def tenant_named(connection: Connection, name: str) -> Tenant:
-    row = connection.execute(select(tenants).where(tenants.c.name == name)).mappings().first()
+    mine = and_(tenants.c.name == name, tenants.c.deleted_at.is_(None))
+    row = connection.execute(select(tenants).where(mine)).mappings().first()
     if row is None:
         raise NotFound("tenant", name)
     return record(Tenant, row)
 
 
 def tenant_of_key(connection: Connection, key_id: str) -> tuple[Tenant, ApiKey] | None:
-    key = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).mappings().first()
-    if key is None:
-        return None
-    tenant = connection.execute(select(tenants).where(tenants.c.id == key["tenant_id"])).mappings().one()
-    return record(Tenant, tenant), record(ApiKey, key)
+    mine, its = ApiKey.__dataclass_fields__, Tenant.__dataclass_fields__
+    columns = [*(api_keys.c[name] for name in mine), *(tenants.c[name] for name in its)]
+    row = connection.execute(select(*columns).join_from(api_keys, tenants).where(api_keys.c.id == key_id)).first()
+    return None if row is None else (Tenant(*row[len(mine) :]), ApiKey(*row[: len(mine)]))
+
+
+def mark_tenant_deleted(connection: Connection, tenant: str) -> None:
+    """Its keys stop working now and its name is free; its collections are marked by the caller."""
+    connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant))
+    connection.execute(update(tenants).where(tenants.c.id == tenant).values(name=tenant, deleted_at=now()))
 
 
 def add_key(connection: Connection, tenant: str, key_id: str, role: str, hashed: str, expires_at: str | None) -> ApiKey:
@@ -83,11 +89,12 @@ def usage(connection: Connection, tenant: str) -> dict[str, int]:
     alive = and_(videos.c.tenant_id == tenant, videos.c.deleted_at.is_(None))
     count, size = connection.execute(select(func.count(), func.coalesce(func.sum(videos.c.size), 0)).where(alive)).one()
     mine = and_(collections.c.tenant_id == tenant, collections.c.deleted_at.is_(None))
+    theirs = and_(adapters.c.tenant_id == tenant, adapters.c.deleted_at.is_(None))
     return {
         "collections": connection.scalar(select(func.count()).select_from(collections).where(mine)) or 0,
         "videos": count,
         "bytes": int(size),
-        "adapters": connection.scalar(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant)) or 0,
+        "adapters": connection.scalar(select(func.count()).select_from(adapters).where(theirs)) or 0,
     }
 
 

@@ -53,7 +53,9 @@ def add_video(
     metadata: Mapping[str, Any],
     texts: Sequence[Caption],
 ) -> Task:
-    """A pending video and its indexing task."""
+    """A pending video and its indexing task. Raises NotFound for a deleted collection."""
+    if lock_collection(connection, tenant, collection) is None:
+        raise NotFound("collection", collection)
     task = add_task(connection, tenant, collection, "index_video", {"video_id": video})
     stamp = now()
     connection.execute(
@@ -142,8 +144,9 @@ def mark_video_deleted(connection: Connection, tenant: str, video_id: str) -> No
     gone = video(connection, tenant, video_id)
     lock_collection(connection, tenant, gone.collection_id)
     set_video(connection, tenant, video_id, deleted_at=now())
-    connection.execute(delete(segments).where(segments.c.video_id == video_id))
     for vector_set in vector_sets(connection, tenant, gone.collection_id):
+        theirs = and_(segments.c.vector_set == vector_set, segments.c.video_id == video_id)
+        connection.execute(delete(segments).where(theirs))
         connection.execute(insert(segments).values(vector_set=vector_set, video_id=video_id, ordinal=-1))
 
 

@@ -28,7 +28,7 @@ class House:
     signing_secret: str
 
 
-def house_of(request: Request) -> House:
+async def house_of(request: Request) -> House:
     return request.app.state.house  # type: ignore[no-any-return]
 
 
@@ -45,7 +45,7 @@ def caller(
 
 
 def _tenant(role: str) -> Any:
-    def check(who: Annotated[Caller, Depends(caller)]) -> Tenant:
+    async def check(who: Annotated[Caller, Depends(caller)]) -> Tenant:
         keys.check_role(who, role)
         assert who.tenant is not None
         return who.tenant
@@ -62,7 +62,7 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_lengt
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}
-    for status in (400, 401, 403, 404, 409, 413, 415, 422, 500, 503)
+    for status in (400, 401, 403, 404, 409, 413, 415, 422, 500, 503, 507)
 }
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
 import adapters_store
-from service import catalog, idempotency, learning, paging, uploads
+from service import catalog, cleanup, idempotency, learning, paging, uploads
 from service.blobs import adapter_key
 from service.catalog import AdapterVersion, Collection, Task, Tenant
 from service.records import now
@@ -121,6 +121,16 @@ def weights(name: str, adapter_id: str, tenant: CanSearch, house: InHouse) -> Re
     data = house.runtime.blobs.get(adapter_key(collection.id, version.digest))
     disposition = f'attachment; filename="{name}-{version.version}.safetensors"'
     return Response(data, media_type="application/octet-stream", headers={"Content-Disposition": disposition})
+
+
+@router.delete("/collections/{name}/adapters/{adapter_id}", status_code=204)
+def delete(name: str, adapter_id: str, tenant: CanAdmin, house: InHouse) -> Response:
+    """The adapter is gone at once, its file and vectors follow in the background. Not the one that searches use."""
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        task = cleanup.delete_adapter(connection, tenant.id, collection.id, adapter_id)
+    house.jobs.enqueue(task)
+    return Response(status_code=204)
 
 
 def _queue(house: House, tenant: Tenant, name: str, key: str | None, parts: list[Any], add: Any) -> dict[str, Any]:

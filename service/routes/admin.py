@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from sqlalchemy import Connection
 
-from service import catalog, keys
+from service import catalog, cleanup, keys
 from service.catalog import ApiKey, NotFound, Tenant
 from service.keys import Caller
 from service.routes.access import PROBLEMS, Anyone, InHouse
@@ -24,6 +24,16 @@ def create(body: NewTenant, who: Anyone, house: InHouse) -> dict[str, Any]:
     with house.runtime.database.write() as connection:
         tenant = catalog.create_tenant(connection, body.name, body.quotas.model_dump(exclude_none=True))
     return {"id": tenant.id, "name": tenant.name, "quotas": dict(tenant.quotas), "created_at": tenant.created_at}
+
+
+@router.delete("/{name}", status_code=204)
+def delete(name: str, who: Anyone, house: InHouse) -> Response:
+    """The tenant's keys stop working at once; all that it has follows in the background (operator's key)."""
+    keys.check_role(who, "root")
+    with house.runtime.database.write() as connection:
+        task = cleanup.delete_tenant(connection, catalog.tenant_named(connection, name).id)
+    house.jobs.enqueue(task)
+    return Response(status_code=204)
 
 
 @router.post("/{name}/keys", status_code=201)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
 
-from service import catalog, idempotency, paging
+from service import catalog, cleanup, idempotency, paging
 from service.catalog import Collection, Tenant
 from service.routes.access import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InHouse, collection_of
 from service.schemas import ChangedCollection, NewCollection, settings_json
@@ -65,11 +65,28 @@ def delete(name: str, tenant: CanWrite, house: InHouse) -> Response:
     """The collection is gone at once; its files and vectors follow in the background."""
     with house.runtime.database.write() as connection:
         collection = collection_of(connection, tenant, name)
-        request = {"videos": [], "whole_collection": True}
-        task = catalog.add_task(connection, tenant.id, collection.id, "purge", request)
-        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
+        task = cleanup.delete_collection(connection, tenant.id, collection.id)
     house.jobs.enqueue(task)
     return Response(status_code=204)
+
+
+@router.get("/{name}/generations")
+def generations(
+    name: str, tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None
+) -> dict[str, Any]:
+    """What the collection can be switched to, newest first: at once, where no video is missing."""
+    with house.runtime.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        after = paging.decode("id", page_token)
+        page = catalog.list_generations(connection, tenant.id, collection.id, page_limit, after)
+        shown = []
+        for row in page.rows:
+            held, missing = catalog.holdings(connection, tenant.id, collection.id, row.vector_set)
+            shown.append({
+                "id": row.id, "adapter_id": row.adapter_id, "state": row.state, "videos": held, "missing": missing,
+                "created_at": row.created_at, "activated_at": row.activated_at, "retired_at": row.retired_at,
+            })  # fmt: skip
+        return listing(shown, page)
 
 
 def show(connection: Connection, tenant: Tenant, collection: Collection) -> dict[str, Any]:

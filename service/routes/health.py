@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
@@ -33,9 +32,7 @@ def readyz(house: InHouse) -> Response:
         with house.runtime.database.read() as connection:
             connection.execute(text("select 1"))
             checks["database"] = True
-            seen = catalog.last_heartbeat(connection)
-            age = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds() if seen else None
-            checks["worker"] = age is not None and age < WORKER_SECONDS
+            checks["worker"] = bool(catalog.living_workers(connection, WORKER_SECONDS))
     except SQLAlchemyError:
         pass
     ready = all(checks.values())

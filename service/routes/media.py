@@ -8,7 +8,7 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response, StreamingResponse
 
 from service import catalog, keys
-from service.blobs import Blobs, thumbnail_key, video_key
+from service.blobs import BlobMissing, Blobs, thumbnail_key, video_key
 from service.catalog import NotFound
 from service.routes.access import InHouse
 
@@ -28,6 +28,8 @@ def media(kind: str, media_id: str, exp: int, sig: str, request: Request, house:
     if kind == "thumbnail":
         data = house.runtime.blobs.get(thumbnail_key(video.collection_id, video.id, int(ordinal)))
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+    if (video.media or {}).get("stored") is False:
+        raise BlobMissing("this video was imported without its file; an upload of the same file brings it back")
     container = str((video.media or {}).get("container", ""))
     kind_of = next((value for name, value in TYPES.items() if name in container), "video/mp4")
     return ranged(house.runtime.blobs, video_key(video.collection_id, video.id), kind_of, request.headers.get("range"))

@@ -89,7 +89,7 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
         timings_ms=dict(found.timings_ms),
         page_info=PageInfo(
             next_page_token=paging.encode("offset", str(offset + limit) if more else None),
-            total_results=len(found.hits),
+            total_results=found.total,
         ),
         warnings=warnings,
     )

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from service import catalog, paging
-from service.catalog import Task
+from service.catalog import OPEN, NotFound, Task
 from service.routes.access import PROBLEMS, CanWrite, House, InHouse, collection_of
 from service.routes.collections import listing
+from service.work import CANCELLED
 
 router = APIRouter(prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-CANCELLABLE = ("train_adapter", "activate", "evaluate")
-ENDED = ("succeeded", "failed", "cancelled")
+CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
 POLL_SECONDS = 0.5
+QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands between, that the connection lives
+RETRY_SECONDS = 2  # after which a client that was cut off comes back
 
 
 class TaskNotCancellable(ValueError):
@@ -45,41 +49,65 @@ def list_all(
 
 @router.get("/{task_id}")
 def get(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
-    """Status, progress from 0 to 1, and the result or the error."""
+    """Status, progress from 0 to 1, the seconds that are left at the pace so far, and the result or the error."""
     return show(_task(house, tenant.id, task_id))
 
 
 @router.post("/{task_id}/cancel")
 def cancel(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
-    """A waiting task ends at once; a running one at its next step."""
+    """A waiting task ends at once; a running one when it next reports, unless it ends before. The video of a cancelled indexing
+    task ends `failed` with the code `cancelled`; it may be uploaded again.
+    """
     with house.runtime.database.write() as connection:
-        task = catalog.task(connection, tenant.id, task_id)
-        if task.kind not in CANCELLABLE and task.status not in ENDED:
-            raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end; to stop indexing a video, delete the video")
+        task = catalog.lock_task(connection, tenant.id, task_id)
+        if task.kind not in CANCELLABLE and task.status in OPEN:
+            raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end")
         catalog.set_task(connection, tenant.id, task_id, cancel_requested=True)
         if task.status == "queued":
+            if task.kind == "index_video":
+                catalog.set_video(connection, tenant.id, task.request["video_id"], status="failed", error=CANCELLED)
             catalog.end_task(connection, tenant.id, task_id, "cancelled")
         return show(catalog.task(connection, tenant.id, task_id))
 
 
-@router.get("/{task_id}/events")
-async def events(task_id: str, tenant: CanWrite, house: InHouse) -> StreamingResponse:
-    """Server-sent events: the task after every change, until it ends."""
+@router.get("/{task_id}/events", responses={204: {"description": "the end of the task has been told before"}})
+async def events(
+    task_id: str,
+    request: Request,
+    tenant: CanWrite,
+    house: InHouse,
+    last: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+) -> Response:
+    """Server-sent events: the task as it stands and after every change, until it ends.
+
+    An event's id is the revision of the task. A client that comes back with `Last-Event-ID` is told what is newer; one that has
+    seen the end gets 204, after which an `EventSource` does not come back.
+    """
     first = await to_thread.run_sync(_task, house, tenant.id, task_id)
+    told = int(last) if last is not None and last.isdecimal() else -1
+    if first.revision <= told and first.status not in OPEN:
+        return Response(status_code=204)
 
     async def stream() -> AsyncIterator[str]:
-        task, shown, number = first, None, 0
+        task, shown, quiet_since = first, told, time.monotonic()
+        yield f"retry: {1000 * RETRY_SECONDS}\n\n"
         while True:
-            state = show(task)
-            if state != shown:
-                shown, number = state, number + 1
-                yield f"id: {number}\nevent: task\ndata: {json.dumps(state)}\n\n"
-            if task.status in ENDED:
+            if task.revision > shown:
+                shown, quiet_since = task.revision, time.monotonic()
+                yield f"id: {shown}\nevent: task\ndata: {json.dumps(show(task))}\n\n"
+            elif time.monotonic() - quiet_since > QUIET_SECONDS:
+                quiet_since = time.monotonic()
+                yield ": still here\n\n"
+            if task.status not in OPEN or request.app.state.draining.is_set():
                 return
             await asyncio.sleep(POLL_SECONDS)
-            task = await to_thread.run_sync(_task, house, tenant.id, task_id)
+            try:
+                task = await to_thread.run_sync(_task, house, tenant.id, task_id)
+            except NotFound:  # gone with its tenant
+                return
 
-    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
 
 def show(task: Task) -> dict[str, Any]:
@@ -88,6 +116,7 @@ def show(task: Task) -> dict[str, Any]:
         "kind": task.kind,
         "status": task.status,
         "progress": task.progress,
+        "eta_seconds": _eta(task),
         "message": task.message,
         "error": task.error,
         "created_at": task.created_at,
@@ -95,6 +124,14 @@ def show(task: Task) -> dict[str, Any]:
         "finished_at": task.finished_at,
         "result": task.result,
     }
+
+
+def _eta(task: Task) -> float | None:
+    """Seconds until the end, if the rest goes as fast as what was done since the first start; None while that is nothing."""
+    if task.status != "running" or task.started_at is None or not 0 < task.progress < 1:
+        return None
+    elapsed = (datetime.now(UTC) - datetime.fromisoformat(task.started_at)).total_seconds()
+    return round(max(0.0, elapsed) * (1 - task.progress) / task.progress, 1)
 
 
 def _task(house: House, tenant: str, task_id: str) -> Task:

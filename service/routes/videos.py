@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection
 
-from service import catalog, idempotency, paging, uploads
+from service import catalog, cleanup, idempotency, ingest, paging, uploads
 from service.blobs import video_key
 from service.catalog import Caption, Task, Tenant, Video
 from service.records import new_id
@@ -94,9 +94,7 @@ def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Respon
     with house.runtime.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         catalog.video(connection, tenant.id, video_id, collection.id)
-        catalog.mark_video_deleted(connection, tenant.id, video_id)
-        request = {"videos": [video_id], "whole_collection": False}
-        task = catalog.add_task(connection, tenant.id, collection.id, "purge", request)
+        task = cleanup.delete_video(connection, tenant.id, collection.id, video_id)
     house.jobs.enqueue(task)
     return Response(status_code=204)
 
@@ -155,8 +153,9 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
         collection = collection_of(connection, tenant, name)
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
-        if key is None and (twin := catalog.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
-            return _duplicate(twin)
+        twin = catalog.twin(connection, tenant.id, collection.id, received.sha256)
+    if twin is not None and (ingest.restore_file(house.runtime, twin, received.path) or key is None):
+        return _duplicate(twin)
     blobs.put_file(video_key(collection.id, video_id), received.path)
     task: Task | None = None
     try:
@@ -167,7 +166,7 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
             if earlier is None and twin is None:
                 catalog.check_quota(connection, tenant, videos=1, bytes=received.size)
                 task = catalog.add_video(
-                    connection, tenant.id, collection_of(connection, tenant, name).id, video_id,
+                    connection, tenant.id, collection.id, video_id,
                     received.filename, received.sha256, received.size, metadata, captions,
                 )  # fmt: skip
                 answer = {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None}

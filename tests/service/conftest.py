@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from serving import ROOT_KEY, Server, Tenant, new_tenant
 from starlette.testclient import TestClient
+from workshop import Workshop
 
 from service.app import create_app
 from service.settings import Settings
@@ -41,3 +44,25 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def guest(client: Any) -> Tenant:
     """A fresh tenant of the application in this process."""
     return new_tenant(client)
+
+
+@pytest.fixture
+def workshop(guest: Tenant) -> Workshop:
+    """That tenant, with hands that do its tasks."""
+    return Workshop(guest)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pgserver
+
+            server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    except Exception as error:
+        if "postgres" in os.environ.get("POLYCLIP_REQUIRE", ""):
+            raise
+        pytest.skip(f"no PostgreSQL here: {type(error).__name__}: {error}")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 import safetensors.torch
-from serving import Server, Tenant, clip
+from serving import Server, Tenant, clip, wait_for
 
 from adapters_store import pack
 from backbone import AdapterShape, TowerDims
@@ -169,6 +169,19 @@ def test_a_training_can_be_cancelled(tenant: Tenant) -> None:
     assert tenant.task(task)["status"] == "cancelled"
     assert tenant.search(collection)["search_pool"]["adapter"] is None
     assert tenant.get(f"/collections/{collection}/adapters").json()["data"] == []
+
+
+def test_deleting_the_collection_ends_its_training_and_leaves_nothing_of_it(server: Server, tenant: Tenant) -> None:
+    collection, videos = tenant.filled(range(40, 52), captions=True)
+    recipe = {**RECIPE, "steps": 100_000}
+    task = tenant.post(f"/admin/collections/{collection}/adapters", {"recipe": recipe}).json()["task_id"]
+    scratch = server.data / "scratch" / f"train-{task}"
+    wait_for("the training", lambda: scratch.exists() and (tenant.get(f"/tasks/{task}").json()["progress"] or None))
+    assert tenant.call("DELETE", f"/collections/{collection}").status_code == 204
+    wait_for("the end of the training", lambda: not scratch.exists())
+    wait_for("the purge", lambda: not [p for v in videos for p in (server.data / "blobs").rglob(f"*{v}*")])
+    wait_for("the end of its tasks", lambda: tenant.get(f"/tasks/{task}").status_code == 404)
+    assert {t["kind"] for t in tenant.get("/tasks").json()["data"]} == {"purge"}
 
 
 def test_searches_go_on_during_a_switch_and_each_names_one_pair(trained: tuple) -> None:

@@ -1,34 +1,18 @@
 """The catalog on a real SQLite and, where there is one, a real PostgreSQL."""
 
-import os
-import warnings
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import func, select
 
-from service import catalog
+from service import catalog, idempotency
 from service.catalog import AlreadyExists, NotFound, Tenant
 from service.database import Database
-from service.records import metadata
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pgserver
-
-            server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    except Exception as error:
-        if "postgres" in os.environ.get("POLYCLIP_REQUIRE", ""):
-            raise
-        pytest.skip(f"no PostgreSQL here: {type(error).__name__}: {error}")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+from service.records import metadata, now
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
@@ -114,6 +98,38 @@ def test_vectors_are_stored_once_and_a_deletion_is_a_tombstone_with_a_later_numb
     assert [r["ordinal"] for r in after] == [-1]
 
 
+@pytest.mark.parametrize("later", ["added", "deleted"])
+def test_the_rows_of_a_set_become_visible_in_the_order_of_their_numbers(database: Database, later: str) -> None:
+    """A reader that has seen a number need never look for a smaller one: whoever writes next waits for the commit."""
+    tenant, collection, first = tenant_and_video(database)
+    vectors, second, ended = collection.active_generation_id, "vid_second", threading.Event()
+    with database.write() as connection:
+        catalog.add_video(connection, tenant.id, collection.id, second, "b.mp4", "1", 10, {}, [])
+
+    def write() -> None:
+        with database.write() as connection:
+            if later == "added":
+                catalog.add_segments(connection, tenant.id, second, vectors, [row()])
+            else:
+                catalog.mark_video_deleted(connection, tenant.id, second)
+        ended.set()
+
+    thread = threading.Thread(target=write)
+    with database.write() as connection:
+        catalog.add_segments(connection, tenant.id, first, vectors, [row()])
+        thread.start()
+        assert not ended.wait(0.5)
+        with database.read() as reader:
+            assert catalog.segments_after(reader, tenant.id, vectors, 0, 10) == []
+    thread.join(timeout=30)
+    with database.read() as connection:
+        rows = catalog.segments_after(connection, tenant.id, vectors, 0, 10)
+        held = catalog.tally(connection, tenant.id, vectors)
+    assert [(r["video_id"], r["ordinal"]) for r in rows] == [(first, 0), (second, 0 if later == "added" else -1)]
+    seqs = [r["seq"] for r in rows]
+    assert held == (max(seqs), 2, sum(seqs), max(first, second))
+
+
 def test_no_function_finds_another_tenants_rows(database: Database) -> None:
     tenant, collection, video = tenant_and_video(database)
     other, _, _ = tenant_and_video(database, "borealis")
@@ -126,6 +142,11 @@ def test_no_function_finds_another_tenants_rows(database: Database) -> None:
         assert catalog.segments_after(connection, other.id, collection.active_generation_id, 0, 10) == []
         assert catalog.videos_by_id(connection, other.id, [video]) == {}
         assert catalog.lock_collection(connection, other.id, collection.id) is None
+        assert catalog.tally(connection, other.id, collection.active_generation_id) == (0, 0, 0, "")
+        assert catalog.searched_sets(connection, tenant.id) == {collection.active_generation_id}
+        assert collection.active_generation_id not in catalog.searched_sets(connection, other.id)
+        with pytest.raises(NotFound):
+            catalog.add_segments(connection, other.id, video, collection.active_generation_id, [row()])
         assert not catalog.set_video(connection, other.id, video, status="failed")
         catalog.drop_vectors(connection, other.id, collection.active_generation_id)
         assert catalog.has_vectors(connection, tenant.id, video, collection.active_generation_id)
@@ -140,10 +161,54 @@ def test_a_name_is_taken_once_and_free_after_deletion(database: Database) -> Non
         assert catalog.create_collection(connection, tenant, "films", {}, "f" * 64).id != collection.id
 
 
+def test_what_is_erased_is_gone_and_what_is_not_marked_stays(database: Database) -> None:
+    """The statements of a purge, on each kind of database."""
+    tenant, collection, video = tenant_and_video(database)
+    other, kept, film = tenant_and_video(database, "borealis")
+    with database.write() as connection:
+        catalog.set_captions(connection, tenant.id, video, [catalog.Caption("a red ball")])
+        version = catalog.add_adapter(connection, tenant.id, collection.id, {"digest": "d" * 64, "scope": "both"})
+        made = catalog.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "retired")["id"]
+        task = catalog.add_task(connection, tenant.id, collection.id, "activate", {"adapter_id": version.id})
+        for key, answer in (("a", {"video_id": video}), ("b", {"task_id": task.id}), ("c", {"id": collection.id})):
+            idempotency.remember(connection, tenant.id, key, "0", answer)
+        catalog.end_task(connection, tenant.id, task.id, "succeeded")
+        for vectors in (made, collection.active_generation_id):
+            catalog.add_segments(connection, tenant.id, video, vectors, [row(0), row(1), row(2)])
+        assert catalog.erase_videos(connection, tenant.id, [video]) == 0, "not marked"
+        assert catalog.erase_adapter(connection, tenant.id, collection.id, version.id) is None
+        catalog.erase_collection(connection, tenant.id, collection.id)
+        catalog.erase_tenant(connection, tenant.id)
+        catalog.mark_video_deleted(connection, tenant.id, video)
+        assert not catalog.remove_generation(connection, tenant.id, collection.active_generation_id), "in use"
+    with database.write() as connection:
+        catalog.mark_adapter_deleted(connection, tenant.id, collection.id, version.id)
+        later = now()
+        marked = {("video", tenant.id, collection.id, video), ("adapter", tenant.id, collection.id, version.id)}
+        assert set(catalog.forgotten(connection, later)) == marked
+        assert catalog.erase_adapter(connection, tenant.id, collection.id, version.id) == ("d" * 64, [made])
+        assert catalog.orphaned_vector_sets(connection) == [made]
+        assert catalog.drop_vectors(connection, other.id, collection.active_generation_id) == 0, "another tenant's"
+        assert catalog.drop_vectors(connection, None, made) == 1, "a tombstone"
+        assert catalog.erase_videos(connection, tenant.id, [video, film]) == 1
+        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
+        catalog.erase_collection(connection, tenant.id, collection.id)
+        catalog.drop_vectors(connection, None, collection.active_generation_id)
+        catalog.mark_tenant_deleted(connection, tenant.id)
+        catalog.erase_tenant(connection, tenant.id)
+    with database.read() as connection:
+        left = {table.name: connection.scalar(select(func.count()).select_from(table)) for table in metadata.sorted_tables}
+        assert catalog.known_videos(connection, [video, film]) == {film}
+        assert catalog.known_collections(connection, [collection.id, kept.id]) == {kept.id}
+    names = ("tenants", "collections", "generations", "videos", "tasks")  # the neighbour's
+    assert left == {name: 1 if name in names else 0 for name in left}
+
+
 def test_a_commit_is_synced_and_the_journal_is_a_wal(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
     with database.read() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 1
     database.close()

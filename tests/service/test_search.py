@@ -18,6 +18,7 @@ import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service import catalog, learning
+from service.frame_vectors import FrameVectors
 from service.runtime import Runtime
 from service.search import Searcher
 from service.settings import Settings
@@ -196,3 +197,32 @@ def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -
     assert list in kinds and BatcherFull in kinds and kinds <= {list, BatcherFull, DeadlinePassed}
     assert all(o.retry_after > 0 for o in outcomes if isinstance(o, BatcherFull))
     house.runtime.close()
+
+
+def test_frame_vectors_are_read_once_and_kept_within_their_bytes(house: House) -> None:
+    known = house.add(0)
+    with house.runtime.database.read() as connection:
+        _, generation = catalog.active_generation(connection, known.tenant, known.name)
+        seqs = [row["seq"] for row in catalog.segments_after(connection, known.tenant, generation.vector_set, 0, 100)]
+    row = known.frames[0].numel() * 2
+    cache = FrameVectors(house.runtime.database, 3 * row)
+    kept = cache.get(known.tenant, generation.vector_set, seqs[:2])
+    assert list(kept) == seqs[:2] and cache.bytes == 2 * row
+    with house.runtime.database.write() as connection:
+        catalog.mark_video_deleted(connection, known.tenant, "vid_0_0")  # its rows are gone from the table
+    assert list(cache.get(known.tenant, generation.vector_set, seqs[:3])) == seqs[:3], "two from memory, one read"
+    cache.get(known.tenant, generation.vector_set, seqs[2:5])
+    assert cache.bytes == 3 * row, "the least recently used are forgotten"
+    assert list(cache.get(known.tenant, generation.vector_set, seqs[:2])) == seqs[1:2], "the deleted one is nowhere now"
+
+
+def test_a_video_deleted_behind_the_index_is_in_no_page_and_in_no_total(house: House) -> None:
+    known = house.add(0)
+    first = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
+    assert (len(first.hits), first.total) == (6, VIDEOS), "one more than wanted tells that there is a next page"
+    best = first.hits[0].video.id
+    with house.runtime.database.write() as connection:
+        catalog.set_video(connection, known.tenant, best, deleted_at="2026-01-01T00:00:00Z")  # no tombstone yet
+    again = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
+    assert [hit.video.id for hit in again.hits] == [hit.video.id for hit in first.hits[1:]] + [again.hits[-1].video.id]
+    assert (len(again.hits), again.total) == (6, VIDEOS - 1)

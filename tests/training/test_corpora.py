@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -543,6 +544,21 @@ def test_a_full_disk_leaves_nothing_half_written(roots: Callable[[str], Path], t
     assert told.value.errno == errno.EFBIG
     assert not list(tmp_path.iterdir())
     assert len(rows(cache_frames(corpus, tmp_path))) == 5
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one_that_is_alone(roots: Callable[[str], Path], tmp_path: Path) -> None:
+    corpus = load_corpus("msrvtt", roots("msrvtt"))
+    folder, file = tmp_path / ".decoding-abc", tmp_path / ".archive.zip.0123abcd.part"
+    folder.mkdir()
+    (folder / "frame.jpg").write_bytes(b"half")
+    file.write_bytes(b"half")
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)
+    cache_frames(corpus, tmp_path)
+    assert folder.exists() and file.exists(), "it may be what the other run is writing"
+    os.close(other)
+    cache_frames(corpus, tmp_path)
+    assert not folder.exists() and not file.exists()
 
 
 def test_the_miniature_has_enough_to_learn_from(tmp_path: Path) -> None:

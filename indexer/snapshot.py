@@ -1,0 +1,82 @@
+"""A view on disk: one file, written aside and renamed, that is read back only if every byte of it is as it was written.
+
+The database stays the truth. A file that is torn, damaged, of another format or of another set of vectors raises BadSnapshot,
+and the view is rebuilt from its rows. Whether the rows have gone on from where the file ends is for the reader to see.
+
+Layout: MAGIC, the SHA-256 of all that follows, the length of the facts (8 bytes), the facts (JSON), then the arrays one after
+the other. FAISS trusts the bytes it is given, so nothing is handed to it before the checksum has been verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from indexer.index import ROW, Dump, IndexView
+
+MAGIC = b"polyclip view 1\n"
+DIGEST = len(MAGIC), len(MAGIC) + 32
+PARTS = {"rows": ROW, "alive": np.dtype(np.bool_), "index": np.dtype(np.uint8)}
+
+
+class BadSnapshot(ValueError):
+    """The file is not a whole snapshot of what it was asked for."""
+
+
+def write(path: Path, view: IndexView, facts: Mapping[str, str]) -> int:
+    """Writes the view to `path` in one step; returns its bytes. `facts` say what it is a view of. Raises OSError."""
+    dump = view.dump()
+    arrays = [np.ascontiguousarray(getattr(dump, name)).view(np.uint8).data for name in PARTS]
+    state = {"names": list(dump.names), "tip": dump.tip, "tally": dump.tally, "trained": dump.trained}
+    header = {"facts": {**facts, "dim": view.dim}, "state": state, "bytes": [len(array) for array in arrays]}
+    told = json.dumps(header).encode()
+    parts: list[bytes | memoryview] = [len(told).to_bytes(8, "little"), told, *arrays]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with aside.open("wb") as file:
+            for part in (MAGIC, digest.digest(), *parts):
+                file.write(part)
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return size
+
+
+def read(path: Path, dim: int, facts: Mapping[str, str]) -> IndexView | None:
+    """The view in the file, as it was when it was written; None if there is no file. Raises BadSnapshot."""
+    try:
+        data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadSnapshot(f"{path.name}: {error}") from error
+    first, last = DIGEST
+    if data[:first] != MAGIC:
+        raise BadSnapshot(f"{path.name}: not a snapshot of this format")
+    if hashlib.sha256(data[last:]).digest() != data[first:last]:
+        raise BadSnapshot(f"{path.name}: its checksum is wrong")
+    try:
+        start = last + 8 + int.from_bytes(data[last : last + 8], "little")
+        header = json.loads(bytes(data[last + 8 : start]))
+        state = header["state"]
+        for (name, kind), size in zip(PARTS.items(), header["bytes"], strict=True):
+            state[name] = np.frombuffer(data[start : start + size], kind)
+            start += size
+        if header["facts"] != {**facts, "dim": dim}:
+            raise ValueError(f"it is of {header['facts']}")
+        state["tip"], state["tally"] = tuple(state["tip"]), tuple(state["tally"])
+        return IndexView.load(Dump(**state), dim)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # whole, but not what was asked for
+        raise BadSnapshot(f"{path.name}: {error}") from error

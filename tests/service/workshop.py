@@ -1,0 +1,95 @@
+"""What a worker does, done in the test's own process: tasks run when the test says so, and can be broken off anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from serving import Tenant, clip
+
+from adapters_store import pack
+from backbone import AdapterShape
+from service import catalog
+from service.catalog import Generation, Task
+from service.runtime import Runtime
+from service.work import Shift
+
+
+class Workshop:
+    """A tenant of the application in this process, and the hands that do its tasks."""
+
+    def __init__(self, guest: Tenant) -> None:
+        self.guest = guest
+        self.runtime: Runtime = guest.client.app.state.house.runtime
+        with self.runtime.database.read() as connection:
+            self.tenant = catalog.tenant_named(connection, guest.name).id
+
+    def work(self) -> None:
+        """Runs every open task of the tenant, in order."""
+        for task in self.open_tasks():
+            Shift(self.runtime).run(self.tenant, task.id)
+
+    def open_tasks(self) -> list[Task]:
+        with self.runtime.database.read() as connection:
+            return [task for task in catalog.open_tasks(connection) if task.tenant_id == self.tenant]
+
+    def task(self, answer: Any) -> Task:
+        """The task that an answer names."""
+        with self.runtime.database.read() as connection:
+            return catalog.task(connection, self.tenant, answer.json()["task_id"])
+
+    def done(self, answer: Any) -> dict[str, Any]:
+        """Runs the task that an answer names; its result."""
+        assert answer.status_code == 202, answer.text
+        Shift(self.runtime).run(self.tenant, self.task(answer).id)
+        task = self.task(answer)
+        assert task.status == "succeeded", task.error
+        return dict(task.result or {})
+
+    def filled(self, numbers: Iterable[int], captions: Sequence[str] | None = None, **settings: Any) -> tuple[str, list[str]]:
+        """The name of a new collection that holds these clips, ready, and their ids."""
+        collection = self.guest.collection(**settings)
+        return collection, [self.video(collection, number, captions) for number in numbers]
+
+    def video(self, collection: str, number: int, captions: Sequence[str] | None = None) -> str:
+        """A clip, uploaded and indexed."""
+        self.done(answer := self.guest.upload(collection, clip(number), captions=captions))
+        return str(answer.json()["video_id"])
+
+    def adapter(self, collection: str, seed: int, scope: Any = "both") -> str:
+        """A new adapter with random weights."""
+        backbone = self.runtime.backbone
+        shape = AdapterShape(backbone.dims, rank=2, shared=0, scope=scope)
+        tensors = {name: 30 * tensor for name, tensor in shape.initial(seed).items()}
+        data = pack(shape, backbone.fingerprint, tensors)
+        path = f"/admin/collections/{collection}/adapters/import"
+        answer = self.guest.call("POST", path, files={"file": ("a.safetensors", data)})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["adapter_id"])
+
+    def ask(self, collection: str, adapter: str | None) -> Any:
+        """The answer to the wish to activate an adapter; nothing runs yet."""
+        return self.guest.post(f"/admin/collections/{collection}/activate", {"adapter_id": adapter})
+
+    def activate(self, collection: str, adapter: str | None) -> dict[str, Any]:
+        return self.done(self.ask(collection, adapter))
+
+    def id(self, collection: str) -> str:
+        return str(self.guest.get(f"/collections/{collection}").json()["id"])
+
+    def generations(self, collection: str) -> list[Generation]:
+        """The oldest first."""
+        with self.runtime.database.read() as connection:
+            found = catalog.collection_named(connection, self.tenant, collection)
+            return catalog.generations_of(connection, self.tenant, found.id)
+
+    def states(self, collection: str) -> dict[str | None, str]:
+        """State of each generation by its adapter."""
+        return {generation.adapter_id: generation.state for generation in self.generations(collection)}
+
+    def held(self, collection: str, adapter: str | None) -> dict[str, list[bytes]]:
+        """Frame vectors of each video that the adapter's generation holds."""
+        (generation,) = [g for g in self.generations(collection) if g.adapter_id == adapter]
+        with self.runtime.database.read() as connection:
+            videos = catalog.videos_of(connection, self.tenant, generation.collection_id, "ready")
+            return catalog.video_vectors(connection, self.tenant, generation.vector_set, [video.id for video in videos])
