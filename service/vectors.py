@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.typing import NDArray
 
 Rows = Sequence[Mapping[str, Any]]  # ordinal, start, end, pooled, frames: as `catalog.add_segments` takes them
 
@@ -20,7 +21,7 @@ def pack(rows: Rows, dim: int) -> bytes:
     (S, dim) and `frames` (N, dim) in float16.
     """
     frames = [np.frombuffer(row["frames"], np.float16).reshape(-1, dim) for row in rows]
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "segments": np.array([(row["start"], row["end"]) for row in rows], np.float64),
         "frames_per_segment": np.array([len(f) for f in frames], np.int64),
         "pooled": np.stack([np.frombuffer(row["pooled"], np.float16) for row in rows]),
@@ -32,7 +33,7 @@ def pack(rows: Rows, dim: int) -> bytes:
 def unpack(data: bytes, dim: int, segments: Sequence[tuple[float, float, int]]) -> list[dict[str, Any]]:
     """The rows in a file from anywhere, for a video with these segments: start, end, frames. Raises InvalidVectors."""
     count, total = len(segments), sum(frames for _, _, frames in segments)
-    wanted = {
+    wanted: dict[str, Any] = {
         "segments": ((count, 2), np.float64),
         "frames_per_segment": ((count,), np.int64),
         "pooled": ((count, dim), np.float16),

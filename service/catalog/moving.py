@@ -146,7 +146,8 @@ def name_if_visible(connection: Connection, tenant: str, collection: str) -> str
 
 def _add_index_task(connection: Connection, tenant: str, collection: str, task: str, video: str, status: str) -> None:
     stamp, done = now(), status == "succeeded"
-    row = {"id": task, "tenant_id": tenant, "collection_id": collection, "kind": "index_video", "status": status}
-    row |= {"progress": 1.0 if done else 0.0, "message": "imported" if done else "", "request": {"video_id": video}}
-    row |= {"result": {"video_id": video} if done else None, "cancel_requested": False, "created_at": stamp}
+    row: dict[str, Any] = {"id": task, "tenant_id": tenant, "collection_id": collection, "kind": "index_video"}
+    row |= {"status": status, "progress": 1.0 if done else 0.0, "message": "imported" if done else ""}
+    row |= {"request": {"video_id": video}, "result": {"video_id": video} if done else None}
+    row |= {"cancel_requested": False, "created_at": stamp}
     connection.execute(insert(tasks).values(**row, finished_at=stamp if done else None))

@@ -559,7 +559,7 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
     stranded = [flow.workflow_id for flow in engine._list(status="PENDING", executor_id=there)]
     here._beat()
     rescue(shop.runtime, engine)
-    assert stranded and [state(shop, task).status for task in tasks if task.id in stranded] == ["running"] * len(stranded)
+    assert stranded == [flow.workflow_id for flow in engine._list(status="PENDING", executor_id=there)] != [], "not dead yet"
     monkeypatch.setattr(jobs, "DEAD_SECONDS", 0.5)
     time.sleep(0.6)
     here._beat()
