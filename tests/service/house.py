@@ -100,8 +100,9 @@ class House:
         return [(hit.video.filename, hit.segment, hit.score) for hit in found.hits]
 
     def inventory(self) -> tuple[dict[str, int], set[str]]:
-        """How many rows each table has, and the keys of all blobs."""
+        """How many rows each table has, but for the installation's own facts, and the keys of all blobs."""
         with self.runtime.database.read() as connection:
-            rows = {t.name: connection.scalar(select(func.count()).select_from(t)) or 0 for t in metadata.sorted_tables}
+            tables = [table for table in metadata.sorted_tables if table.name != "house"]
+            rows = {t.name: connection.scalar(select(func.count()).select_from(t)) or 0 for t in tables}
         kinds = ("videos", "frames", "thumbnails", "adapters", "imports")
         return rows, {key for kind in kinds for key in self.runtime.blobs.keys(f"{kind}/")}
