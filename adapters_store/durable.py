@@ -1,12 +1,17 @@
-"""Files that are whole or not there, also after the power has failed: written aside, synced, renamed, the folder synced."""
+"""Files that are whole or not there, also after the power has failed: written aside, synced, renamed, the folder synced. And
+who may write them: one process at a time, by a lock on a file that ends with its holder.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -49,3 +54,16 @@ def make_folder(path: Path) -> None:
     for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
+
+
+def lock(file: IO[Any], seconds: float) -> None:
+    """Holds an open file until it is closed. Raises TimeoutError if another process holds it so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{file.name} is held by another process") from None
+            time.sleep(0.2)

@@ -55,8 +55,8 @@ def machine() -> str:
 def table(rows: list[Row]) -> str:
     lines = ["| what | median | spread (10–90 %) | against the naive way |", "|---|---|---|---|"]
     for r in rows:
-        spread = f"{r.low_ms:.1f}–{r.high_ms:.1f} ms"
-        lines.append(f"| {r.what} | {r.median_ms:.1f} ms | {spread} | {r.ratio:.2f}× {r.against} |")
+        times = f"{r.median_ms:.1f} ms | {r.low_ms:.1f}–{r.high_ms:.1f} ms" if r.median_ms else "|"
+        lines.append(f"| {r.what} | {times} | {r.ratio:.3g}× {r.against} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table; `ratio` is the median of the paired ratios to the way named in `against`."""
+    """One line of a table; `ratio` is the median of the paired ratios to the way named in `against`. Times of 0: none taken."""
 
     what: str
     median_ms: float

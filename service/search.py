@@ -48,7 +48,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best hits of a query, at most as many as were wanted and one more; how many the candidates give; where they are."""
+    """The best hits of a query, as many as were wanted and one more, and where they were looked for; `total`: all there are."""
 
     hits: Sequence[Hit]
     total: int
@@ -205,9 +205,9 @@ class Searcher:
             taken += len(part)
             with self._runtime.database.read() as connection:
                 videos = catalog.videos_by_id(connection, tenant, {c.segment.video_id for c in part})
-            there = [c for c in part if c.segment.video_id in videos]
+            there = [(c.segment, c.score) for c in part if c.segment.video_id in videos]
             gone += len(part) - len(there)
-            hits += [Hit(videos[s.video_id], s.start, s.end, c.score, s.ordinal) for c in there if (s := c.segment)]
+            hits += [Hit(videos[s.video_id], s.start, s.end, score, s.ordinal) for s, score in there]
         return hits[:wanted], len(candidates) - gone
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import os
 import signal
 import socket
@@ -187,7 +186,11 @@ def run(settings: Settings, groups: Sequence[str]) -> None:
         stop.set()
 
     with lock_file.open("w") as lock:
-        _take(lock, "SQLite allows one (PostgreSQL allows many)" if single else "give each its own POLYCLIP_WORKER_ID")
+        try:
+            durable.lock(lock, LOCK_SECONDS)
+        except TimeoutError:
+            hint = "SQLite allows one (PostgreSQL allows many)" if single else "give each its own POLYCLIP_WORKER_ID"
+            sys.exit(f"another worker runs on this data folder: {hint}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         worker = Worker(settings, [queue for group in groups for queue in GROUPS[group]], name)
@@ -198,18 +201,6 @@ def run(settings: Settings, groups: Sequence[str]) -> None:
         last.start()
         worker.drain()
         os._exit(0)  # jobs that have not stopped end where they are: what they have done is in the rows
-
-
-def _take(lock: Any, hint: str) -> None:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                sys.exit(f"another worker runs on this data folder: {hint}")
-            time.sleep(0.2)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Several GPUs: `torchrun --nproc-per-node N -m training …`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -235,21 +234,18 @@ def _write_report(html: Path, backbone: Backbone, dataset: Dataset, recipe: Reci
 @contextmanager
 def _alone(out: Path, first: bool) -> Iterator[Path]:
     """A scratch folder in `out`, which no other run may use meanwhile. Raises InUse."""
+    from adapters_store import durable
+
     scratch = out / ".scratch"
     if not first:  # the first rank holds the folder for all
         yield scratch
         return
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InUse(f"another run trains into {out}") from None
-                time.sleep(0.2)
+        try:
+            durable.lock(lock, LOCK_SECONDS)
+        except TimeoutError:
+            raise InUse(f"another run trains into {out}") from None
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
