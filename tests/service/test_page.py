@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -45,7 +46,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def until(browser: Any, look: Any, seconds: float = 20) -> Any:
-    return WebDriverWait(browser, seconds).until(look)
+    try:
+        return WebDriverWait(browser, seconds).until(look)
+    except TimeoutException as error:
+        raise AssertionError(f"after {seconds} s the page says {status(browser)!r}") from error
 
 
 def status(browser: Any) -> str:
