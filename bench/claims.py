@@ -73,7 +73,7 @@ def cells() -> list[Cell]:
     wanted += [Cell("archive", {**BOTH, "start": "small"}, seed=seed) for seed in SEEDS]
     wanted += [Cell("archive", {**PAPER, "learning_rate": r}, 800) for r in PAPER_RATES]
     wanted += [Cell("nightwatch", recipe, 800, seed) for seed in SEEDS for recipe in METHODS.values()]
-    wanted += [Cell("blueprint", recipe, 800) for recipe in (BOTH, FULL)]
+    wanted += [Cell("blueprint", recipe, 800, seed) for seed in SEEDS for recipe in METHODS.values()]
     return list({cell.name: cell for cell in wanted}.values())
 
 
