@@ -60,6 +60,7 @@ def open_page(browser: Any, server: Server, key: str) -> None:
     browser.get("about:blank")
     browser.get(f"{server.client.base_url}/#key={key}")
     until(browser, lambda b: b.find_element(By.ID, "search").is_displayed())
+    assert not browser.find_element(By.ID, "login").is_displayed()
 
 
 def test_a_query_shows_hits_and_a_click_plays_the_video(browser: Any, server: Server, tenant: Tenant) -> None:
@@ -103,6 +104,7 @@ def test_mistakes_are_told_in_words(browser: Any, server: Server, tenant: Tenant
     browser.get("about:blank")
     browser.get(f"{server.client.base_url}/#key=pc_wrong_key")
     until(browser, lambda b: b.find_element(By.ID, "login").is_displayed() and "not known" in status(b))
+    assert not browser.find_element(By.ID, "search").is_displayed(), "nothing to search without a key"
     browser.find_element(By.ID, "key").send_keys(tenant.keys["search"], Keys.ENTER)
     until(browser, lambda b: b.find_element(By.ID, "search").is_displayed())
 
