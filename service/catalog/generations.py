@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, distinct, exists, func, insert, select, update
+from sqlalchemy import Connection, and_, case, delete, distinct, exists, func, insert, or_, select, update
 
 from service.catalog.rows import NotFound, Page, page, record
 from service.catalog.tasks import OPEN
@@ -112,12 +112,17 @@ def holdings(connection: Connection, tenant: str, collection: str, vector_set: s
 def later_activation(connection: Connection, tenant: str, collection: str, asked: str) -> tuple[str, str | None] | None:
     """(task, adapter) of the last activation that was asked for after the time `asked` and has not failed.
 
-    One from more than a minute ahead does not count: the clock has been set back since.
+    A training asks for one when it has ended; whether it gets it is known once its adapter is in use. A time more than a minute
+    ahead does not count: the clock has been set back since.
     """
-    mine = and_(tasks.c.tenant_id == tenant, tasks.c.collection_id == collection, tasks.c.kind == "activate")
-    after = and_(tasks.c.created_at > asked, tasks.c.created_at <= now(60), tasks.c.status.in_((*OPEN, "succeeded")))
-    row = connection.execute(select(tasks.c.id, tasks.c.request).where(mine, after).order_by(tasks.c.created_at.desc())).first()
-    return None if row is None else (row.id, row.request["adapter_id"])
+    made, in_use = tasks.c.result["adapter_id"].as_string(), generations.alias()
+    of_training = and_(tasks.c.kind == "train_adapter", exists().where(in_use.c.adapter_id == made, in_use.c.state == "active"))
+    of_hand = and_(tasks.c.kind == "activate", tasks.c.status.in_((*OPEN, "succeeded")))
+    when = case((tasks.c.kind == "activate", tasks.c.created_at), else_=tasks.c.result["trained_at"].as_string())
+    mine = and_(tasks.c.tenant_id == tenant, tasks.c.collection_id == collection, or_(of_training, of_hand))
+    query = select(tasks.c.id, case((of_hand, tasks.c.request["adapter_id"].as_string()), else_=made).label("adapter"))
+    row = connection.execute(query.where(mine, when > asked, when <= now(60)).order_by(when.desc())).first()
+    return None if row is None else (row.id, row.adapter)
 
 
 def remove_generation(connection: Connection, tenant: str, generation_id: str) -> bool:

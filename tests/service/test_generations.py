@@ -376,3 +376,15 @@ def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop
         patch.setattr(workshop.runtime.decoder, "decode", slow)
         ingest.index_video(workshop.runtime, workshop.tenant, answer["video_id"])
     assert not [k for kind in cleanup.KINDS for k in blobs.keys(f"{kind}/{key}/")]
+
+
+def test_an_activation_that_was_asked_for_before_a_training_ended_does_not_undo_its_switch(workshop: Workshop) -> None:
+    """As when its worker died, and it is tried again only now."""
+    collection, _ = workshop.filled([1])
+    by_hand = workshop.ask(collection, workshop.adapter(collection, 1))
+    task = trained(workshop, collection, None, "always")
+    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    made = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
+    result = workshop.done(by_hand)
+    assert made["activated"] and not result["activated"] and task.id in result["reason"]
+    assert workshop.guest.search(collection)["search_pool"]["adapter"] == made["adapter_id"]
