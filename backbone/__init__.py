@@ -5,7 +5,7 @@ from backbone.graphs import Graphs
 from backbone.images import to_pixels
 from backbone.load import BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
-from backbone.similarity import TEMPERATURE, mean_pool, q_score
+from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore
 from backbone.stack import AdapterStack, FlatAdapter, Slots
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "load_backbone",
     "mean_pool",
     "q_score",
+    "rescore",
     "to_pixels",
 ]

@@ -20,9 +20,8 @@ import uvicorn
 from fastapi import FastAPI
 from safetensors.torch import load_file
 
-from backbone import TEMPERATURE
+from backbone import rescore
 from bench.serving import BACKBONE, Listing, listings
-from indexer.index import rescore
 
 CANDIDATES = 200
 
@@ -47,7 +46,7 @@ def app_of(data: Path) -> FastAPI:
                 handle.remove()
         _, found = indexes[listing.collection].search((query / np.linalg.norm(query))[None], CANDIDATES)
         rows = [row for row in found[0] if row >= 0]
-        scores = rescore(query, [listing.frames[row] for row in rows], TEMPERATURE)
+        scores = rescore(query, [listing.frames[row] for row in rows])
         best = np.argsort(-scores)[:10]
         return {"data": [{"video_id": listing.videos[rows[i]], "score": float(scores[i])} for i in best]}
 

@@ -1,4 +1,4 @@
-"""The FAISS view of a vector set: rows of the database followed by sequence number, and the exact second stage.
+"""The FAISS view of a vector set: rows of the database followed by sequence number.
 
 A view holds the pooled vector of every live segment and can be thrown away and rebuilt at any time. It begins flat: exact,
 in float16 as the rows are. One that grows large is made approximate aside (inverted lists of 8-bit vectors), while searches
@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import faiss as _faiss
 import numpy as np
@@ -37,8 +37,7 @@ class StaleView(ValueError):
     """The table is not the one that this view has followed: the set was dropped and filled anew, or the database restored."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of a video in seconds; `ordinal` counts the video's segments from 0."""
 
     video_id: str
@@ -47,8 +46,7 @@ class Segment:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A segment that the first stage found; `score` is the cosine of the pooled vector, in 8 bits where it is approximate."""
 
     seq: int
@@ -273,24 +271,3 @@ def use_one_thread() -> None:
     flat search of 200,000 × 512 in float32). OpenMP keeps this setting for each thread apart.
     """
     faiss.omp_set_num_threads(1)
-
-
-def rescore(query: NDArray[np.float32], frames: Sequence[bytes], temperature: float) -> NDArray[np.float32]:
-    """Exact text-conditioned similarity of `query` (D,) with each segment's stored frame vectors, (len(frames),).
-
-    Semantics: `backbone.q_score` of one text, over (F, D) float16 frames; F may differ from segment to segment.
-    """
-    dim = len(query)
-    scores = np.empty(len(frames), dtype=np.float32)
-    norm = np.linalg.norm(query)
-    by_length: dict[int, list[int]] = {}
-    for i, raw in enumerate(frames):
-        by_length.setdefault(len(raw), []).append(i)
-    for rows in by_length.values():
-        stored = np.frombuffer(b"".join([frames[i] for i in rows]), dtype=np.float16)
-        vectors = stored.reshape(len(rows), -1, dim).astype(np.float32)  # (n, F, D)
-        dots = vectors @ query  # (n, F)
-        weights = np.exp((dots - dots.max(axis=1, keepdims=True)) / temperature)
-        pooled = np.matmul((weights / weights.sum(axis=1, keepdims=True))[:, None], vectors)[:, 0]  # (n, D)
-        scores[rows] = pooled @ query / np.maximum(norm * np.linalg.norm(pooled, axis=1), 1e-12)
-    return scores

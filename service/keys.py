@@ -90,7 +90,7 @@ def check_role(caller: Caller, role: str) -> None:
 
 def sign(secret: str, path: str, expires: int) -> str:
     """The signature of a media path until the Unix time `expires`."""
-    return hmac.new(secret.encode(), f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()[:40]
+    return hmac.digest(secret.encode(), f"{path}\n{expires}".encode(), "sha256").hex()[:40]
 
 
 def check_signature(secret: str, path: str, expires: int, signature: str) -> None:

@@ -21,8 +21,7 @@ import numpy as np
 import structlog
 
 import adapters_store
-from backbone import TEMPERATURE
-from indexer.index import rescore
+from backbone import rescore
 from service import catalog, generations
 from service.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
 from service.catalog import AdapterVersion, Task
@@ -37,7 +36,14 @@ log = structlog.get_logger()
 
 MINIMUM_VIDEOS = 10
 TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words
+OUT_OF_MEMORY = (  # in the words of torch, oneDNN, Python, C++
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+    "MemoryError",
+    "bad_alloc",
+)
 
 
 class TooFewCaptions(ValueError):
@@ -212,7 +218,7 @@ def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) ->
         queries = [f.result() for part in parts for f in [runtime.texts.submit((row, lease), group=tenant) for row in part]]
     frames = [segment for video in gallery for segment in vectors[video]]
     owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
-    scores = np.stack([rescore(query, frames, TEMPERATURE) for query in queries])  # (captions, segments)
+    scores = np.stack([rescore(query, frames) for query in queries])  # (captions, segments)
     similarity = np.stack([scores[:, owners == i].max(axis=1) for i in range(len(gallery))], axis=1)  # best segment counts
     pairs = [Pair(column, text, gallery[column]) for column, text in texts]
     found = Evaluation.of(similarity, [pair.clip for pair in pairs], [pair.video for pair in pairs])
@@ -261,8 +267,7 @@ def _train(
                 continue
             event = json.loads(line)
             if event["event"] == "error":
-                exhausted = event["code"] == "out_of_memory" or any(words in event["detail"] for words in OUT_OF_MEMORY)
-                raise TrainingFailed("training_out_of_memory" if exhausted else event["code"], event["detail"])
+                raise _failure(event["code"], event["detail"])
             if event["event"] == "resumed":
                 log.info("training_resumed", collection=collection_id, step=event["step"])
             if event["event"] == "validation":
@@ -271,12 +276,18 @@ def _train(
                 share, note = TRAINING * event["step"] / event["steps"], f"step {event['step']} of {event['steps']}{recall}"
                 progress(share, note)
         if child.wait() == -signal.SIGKILL and _killed_for_memory() > killed:
-            raise TrainingFailed("training_out_of_memory", "the system was out of memory and killed the training process")
+            raise _failure("out_of_memory", "the system killed it")
         if child.returncode != 0:
             listener.join(timeout=1)
-            words = " ".join(last_words).split("\n")[-1].strip()
-            detail = f"the training process ended with status {child.returncode}. {words}"
-            raise TrainingFailed("training_crashed", detail[:500])
+            words = last_words[-1].strip() if last_words else ""
+            raise _failure("training_crashed", f"the training process ended with status {child.returncode}. {words}")
+
+
+def _failure(code: str, detail: str) -> TrainingFailed:
+    if code == "out_of_memory" or any(words in detail for words in OUT_OF_MEMORY):
+        hint = "a smaller `micro_batch` in the recipe needs less"
+        code, detail = "training_out_of_memory", f"the training ran out of memory: {hint} ({detail})"
+    return TrainingFailed(code, detail[:500])
 
 
 def _in_use(runtime: Runtime, tenant: str, collection_id: str, stack: ExitStack) -> Path | None:

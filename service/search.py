@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import structlog
+import torch
 from anyio import to_thread
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from adapters_store import Lease, PinsExhausted
-from backbone import TEMPERATURE
-from indexer.index import Candidate, rescore
+from backbone import rescore
+from indexer.index import Candidate
 from service import catalog
 from service.catalog import Collection, Generation, Video
 from service.filters import matches
@@ -77,7 +79,7 @@ class Searcher:
         self.texts = TextCache(runtime.settings.text_cache_bytes)
         self.views = Views(runtime)
         self.frames = FrameVectors(runtime.database, runtime.settings.frame_cache_bytes)
-        self._threads = ThreadPoolExecutor(os.cpu_count(), "search")  # more would only fight for the interpreter
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "search", _one_thread)  # more would only fight for the interpreter
         self._pinned: dict[str, str] = {}  # collection → digest
         self._lock = threading.Lock()
 
@@ -187,7 +189,7 @@ class Searcher:
     ) -> list[Candidate]:
         frames = self.frames.get(tenant, generation.vector_set, [c.seq for c in candidates])
         held = [c for c in candidates if c.seq in frames]  # a video may have been deleted since
-        scores = rescore(query, [frames[c.seq] for c in held], TEMPERATURE)
+        scores = rescore(query, [frames[c.seq] for c in held])
         scored = [Candidate(c.seq, c.segment, float(s)) for c, s in zip(held, scores, strict=True)]
         return sorted(scored, key=lambda c: -c.score)
 
@@ -215,6 +217,15 @@ def _give_back(request: Future[Lease]) -> None:
     """Releases a lease, or withdraws what is not granted yet."""
     if not request.cancel():
         request.add_done_callback(lambda done: None if done.exception() else done.result().release())
+
+
+def _one_thread() -> None:
+    """What a search asks of torch, FAISS and BLAS is done on its own thread: there are as many of these as cores.
+
+    OpenMP keeps this setting for each thread apart: a forward on another thread goes on with all cores.
+    """
+    torch.get_num_threads()  # sets the thread up as torch wants it, which would undo the rest
+    threadpool_limits(1)
 
 
 class _Clock:

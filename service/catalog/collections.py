@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.catalog.generations import Generation, add_generation, generations_of, set_generation_state, with_digest
@@ -105,18 +105,21 @@ def active_generation(connection: Connection, tenant: str, name: str) -> tuple[C
     """The collection and the generation that its searches use, read in one step: adapter and vectors always fit."""
     if not NAME.fullmatch(name):
         raise NotFound("collection", name)
-    query = (
-        with_digest.add_columns(collections)
-        .join(collections, collections.c.active_generation_id == generations.c.id)
-        .where(collections.c.tenant_id == tenant, collections.c.name == name, collections.c.deleted_at.is_(None))
-    )
-    row = connection.execute(query).first()
+    row = connection.execute(_ACTIVE, {"tenant": tenant, "name": name}).first()
     if row is None:
         raise NotFound("collection", name)
     values = list(row)
     width = len(generations.columns) + 1
     generation = Generation(**dict(zip([*generations.columns.keys(), "digest"], values[:width], strict=True)))
     return Collection(**dict(zip(collections.columns.keys(), values[width:], strict=True))), generation
+
+
+_ACTIVE = (  # made once: every search asks it
+    with_digest.add_columns(collections)
+    .join(collections, collections.c.active_generation_id == generations.c.id)
+    .where(collections.c.tenant_id == bindparam("tenant"), collections.c.name == bindparam("name"))
+    .where(collections.c.deleted_at.is_(None))
+)
 
 
 def switch(connection: Connection, tenant: str, collection: str, generation_id: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, select
+from sqlalchemy import BindParameter, ColumnElement, Connection, and_, bindparam, delete, exists, func, insert, select
 
 from service.catalog.collections import lock_collection
 from service.catalog.rows import NotFound, record
@@ -26,7 +26,7 @@ def missing_vectors(connection: Connection, tenant: str, collection: str, vector
     return [record(Video, row) for row in connection.execute(query).mappings()]
 
 
-def _in_set(tenant: str, vector_set: str) -> ColumnElement[bool]:
+def _in_set(tenant: str | BindParameter[str], vector_set: str | BindParameter[str]) -> ColumnElement[bool]:
     """Rows of a vector set, if it is the tenant's: rows of `segments` bear no tenant themselves."""
     owned = exists().where(generations.c.tenant_id == tenant, generations.c.id == vector_set)
     return and_(segments.c.vector_set == vector_set, owned)
@@ -67,10 +67,16 @@ def drop_vectors(connection: Connection, tenant: str | None, vector_set: str, li
 
 def segments_after(connection: Connection, tenant: str, vector_set: str, seq: int, limit: int) -> list[dict[str, Any]]:
     """Rows of a vector set in order of sequence number, tombstones among them; without the frame vectors."""
-    columns = (segments.c.seq, segments.c.video_id, segments.c.ordinal, segments.c.start, segments.c.end, segments.c.pooled)
-    mine = and_(_in_set(tenant, vector_set), segments.c.seq > seq)
-    rows = connection.execute(select(*columns).where(mine).order_by(segments.c.seq).limit(limit))
+    rows = connection.execute(_AFTER, {"tenant": tenant, "vector_set": vector_set, "seq": seq, "limit": limit})
     return [dict(row) for row in rows.mappings()]
+
+
+_AFTER = (  # made once: every search asks it
+    select(segments.c.seq, segments.c.video_id, segments.c.ordinal, segments.c.start, segments.c.end, segments.c.pooled)
+    .where(_in_set(bindparam("tenant"), bindparam("vector_set")), segments.c.seq > bindparam("seq"))
+    .order_by(segments.c.seq)
+    .limit(bindparam("limit"))
+)
 
 
 def tally(connection: Connection, tenant: str, vector_set: str) -> tuple[int, int, int, str]:

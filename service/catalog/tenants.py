@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
 from service.catalog.rows import AlreadyExists, NotFound, QuotaExceeded, checked_name, record
 from service.records import adapters, api_keys, collections, new_id, now, tenants, videos
@@ -49,10 +49,16 @@ def tenant_named(connection: Connection, name: str) -> Tenant:
 
 
 def tenant_of_key(connection: Connection, key_id: str) -> tuple[Tenant, ApiKey] | None:
-    mine, its = ApiKey.__dataclass_fields__, Tenant.__dataclass_fields__
-    columns = [*(api_keys.c[name] for name in mine), *(tenants.c[name] for name in its)]
-    row = connection.execute(select(*columns).join_from(api_keys, tenants).where(api_keys.c.id == key_id)).first()
-    return None if row is None else (Tenant(*row[len(mine) :]), ApiKey(*row[: len(mine)]))
+    row = connection.execute(_OF_KEY, {"key": key_id}).first()
+    return None if row is None else (Tenant(*row[: len(_ITS)]), ApiKey(*row[len(_ITS) :]))
+
+
+_ITS = [tenants.c[name] for name in Tenant.__dataclass_fields__]
+_OF_KEY = (  # made once: every request asks it
+    select(*_ITS, *(api_keys.c[name] for name in ApiKey.__dataclass_fields__))
+    .join_from(api_keys, tenants)
+    .where(api_keys.c.id == bindparam("key"))
+)
 
 
 def mark_tenant_deleted(connection: Connection, tenant: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -59,6 +59,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> 
 def answer(house: House, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:
     """One page of what was found, with signed URLs."""
     page = found.hits[offset : offset + limit]
+    url = media_urls(house, request)
     more = len(found.hits) > offset + limit
     warnings = []
     if found.truncated:
@@ -75,8 +76,8 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
                 end=hit.end,
                 filename=hit.video.filename,
                 metadata=dict(hit.video.metadata),
-                thumbnail_url=media_url(house, request, "thumbnail", f"{hit.video.id}-{hit.segment}"),
-                video_url=media_url(house, request, "video", hit.video.id),
+                thumbnail_url=url("thumbnail", f"{hit.video.id}-{hit.segment}"),
+                video_url=url("video", hit.video.id),
             )
             for i, hit in enumerate(page)
         ],
@@ -95,9 +96,12 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
     )
 
 
-def media_url(house: House, request: Request, kind: str, media_id: str) -> str:
-    """A signed URL of a thumbnail or a video, good for `url_seconds`."""
-    expires = int(time.time()) + house.runtime.settings.url_seconds
-    path = f"/media/{kind}/{media_id}"
-    base: Any = request.base_url
-    return f"{str(base).rstrip('/')}{path}?exp={expires}&sig={sign(house.signing_secret, path, expires)}"
+def media_urls(house: House, request: Request) -> Callable[[str, str], str]:
+    """(thumbnail or video, its id) → a signed URL, good for `url_seconds` from now."""
+    base, expires = str(request.base_url).rstrip("/"), int(time.time()) + house.runtime.settings.url_seconds
+
+    def url(kind: str, media_id: str) -> str:
+        path = f"/media/{kind}/{media_id}"
+        return f"{base}{path}?exp={expires}&sig={sign(house.signing_secret, path, expires)}"
+
+    return url

@@ -15,7 +15,7 @@ from service.catalog import Caption, Task, Tenant, Video
 from service.records import new_id
 from service.routes.access import PROBLEMS, CanSearch, CanWrite, House, IdempotencyKey, InHouse, collection_of
 from service.routes.collections import listing
-from service.routes.search import media_url
+from service.routes.search import media_urls
 from service.schemas import CaptionIn, Captions
 from service.uploads import InvalidUpload, Upload
 
@@ -115,7 +115,7 @@ def put_captions(
 def show(
     connection: Connection, house: House, request: Request, tenant: Tenant, videos: list[Video] | Any
 ) -> list[dict[str, Any]]:
-    captions = catalog.captions_of(connection, tenant.id, [video.id for video in videos])
+    captions, url = catalog.captions_of(connection, tenant.id, [video.id for video in videos]), media_urls(house, request)
     return [
         {
             "video_id": video.id,
@@ -126,8 +126,8 @@ def show(
             "system_metadata": {**(video.media or {}), "sha256": video.sha256, "size": video.size},
             "user_metadata": dict(video.metadata),
             "captions": [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]],
-            "thumbnail_url": media_url(house, request, "thumbnail", f"{video.id}-0") if video.media else None,
-            "video_url": media_url(house, request, "video", video.id),
+            "thumbnail_url": url("thumbnail", f"{video.id}-0") if video.media else None,
+            "video_url": url("video", video.id),
             "created_at": video.created_at,
             "updated_at": video.updated_at,
         }

@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import torch
 
-from backbone import mean_pool, q_score
+from backbone import mean_pool, q_score, rescore
 
 
 def test_q_score_is_the_released_code_s_formula() -> None:
@@ -31,3 +32,12 @@ def test_q_score_has_finite_gradients_at_zero() -> None:
     q_score(texts, frames).sum().backward()
     assert texts.grad is not None and torch.isfinite(texts.grad).all()
     assert frames.grad is not None and torch.isfinite(frames.grad).all()
+
+
+def test_rescoring_is_q_score_over_stored_frames() -> None:
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=16).astype(np.float32)
+    frames = [3 * rng.normal(size=(count, 16)).astype(np.float16) for count in (12, 12, 1, 5)]
+    expected = [float(q_score(torch.from_numpy(query)[None], torch.from_numpy(f.astype(np.float32))[None])) for f in frames]
+    np.testing.assert_allclose(rescore(query, [f.tobytes() for f in frames]), expected, atol=1e-5)
+    assert rescore(query, []).shape == (0,)

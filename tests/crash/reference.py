@@ -13,10 +13,9 @@ import torch
 from serving import clip
 
 import adapters_store
-from backbone import TEMPERATURE, Adapter, AdapterShape, load_backbone
+from backbone import Adapter, AdapterShape, load_backbone, rescore
 from indexer.decode import decode
 from indexer.frames import FrameArchive, pack_frames
-from indexer.index import rescore
 
 COLOURS = 180  # `serving.colour` repeats after as many numbers
 BACKBONE = load_backbone("builtin")
@@ -39,7 +38,7 @@ def score(weights: bytes | None, text: str, number: int) -> float:
 def _score(weights: bytes | None, text: str, number: int) -> float:
     with torch.inference_mode():
         frames = BACKBONE.encode_frames(torch.from_numpy(_pixels(number)), _adapter(weights)).numpy()
-    return float(rescore(_query(weights, text), [frames.astype(np.float16).tobytes()], TEMPERATURE)[0])
+    return float(rescore(_query(weights, text), [frames.astype(np.float16).tobytes()])[0])
 
 
 @cache

@@ -3,11 +3,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
-from backbone import TEMPERATURE, q_score
 from indexer import index
-from indexer.index import IndexView, StaleView, rescore
+from indexer.index import IndexView, StaleView
 
 DIM = 16
 
@@ -240,13 +238,3 @@ def test_a_small_view_is_small() -> None:
         {"seq": i, "video_id": f"v{i}", "ordinal": 0, "start": 0.0, "end": 1.0, "pooled": bytes(1024)} for i in range(1, 4)
     )
     assert view.bytes < 12_000
-
-
-def test_rescoring_is_the_exact_q_score() -> None:
-    rng = np.random.default_rng(0)
-    query = rng.normal(size=DIM).astype(np.float32)
-    frames = [3 * rng.normal(size=(count, DIM)).astype(np.float16) for count in (12, 12, 1, 5)]
-    expected = [
-        float(q_score(torch.from_numpy(query)[None], torch.from_numpy(f.astype(np.float32))[None], TEMPERATURE)) for f in frames
-    ]
-    np.testing.assert_allclose(rescore(query, [f.tobytes() for f in frames], TEMPERATURE), expected, atol=1e-5)
