@@ -57,7 +57,7 @@ def run() -> list[Row]:
         targets = [(listing.collection, listing.key) for listing in listings(data)]
         with ours(data) as mine, naive(data) as theirs:
             for law in ("uniform", "zipf"):
-                for clients in SECONDS if law == "uniform" else (32,):
+                for clients in SECONDS:
                     measured = {}
                     for name, url in (("naive", theirs), ("ours", mine)):
                         asyncio.run(load(url, targets, law, clients, 1.5))
