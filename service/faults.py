@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 Fault = Literal["full", "read_only", "busy"]
 
-ERRNO: dict[int | None, Fault] = {
+ERRNO: dict[int, Fault] = {
     errno.ENOSPC: "full",
     errno.EDQUOT: "full",
     errno.EFBIG: "full",
@@ -32,7 +32,7 @@ POSTGRESQL: dict[str, Fault] = {"53100": "full", "25006": "read_only", "55P03": 
 def fault_of(error: BaseException) -> Fault | None:
     """Of an OSError or of a database's error; None for everything else."""
     if isinstance(error, OSError):
-        return ERRNO.get(error.errno)
+        return ERRNO.get(error.errno or 0)
     if isinstance(error, DBAPIError):
         if (code := getattr(error.orig, "sqlite_errorcode", None)) is not None:
             return SQLITE.get(code, SQLITE.get(code & 0xFF))

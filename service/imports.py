@@ -118,8 +118,13 @@ def look(runtime: Runtime, tenant: Tenant, path: Path, name: str | None, re_embe
         return arrival.name
 
 
-def import_for_task(runtime: Runtime, task: Task, progress: Tell) -> dict[str, Any]:
-    """The job of an import over HTTP; it may be run again after a crash. Raises ImportFailed."""
+def import_for_task(
+    runtime: Runtime, task: Task, progress: Tell, start: Callable[[Video], None] = lambda video: None
+) -> dict[str, Any]:
+    """The job of an import over HTTP; it may be run again after a crash. `start`: for videos that have yet to be indexed.
+
+    Raises ImportFailed.
+    """
     collection = _collection_of(task)
     with runtime.database.read() as connection:
         tenant = catalog.tenant_named(connection, task.request["tenant"])
@@ -131,6 +136,8 @@ def import_for_task(runtime: Runtime, task: Task, progress: Tell) -> dict[str, A
             done = import_archive(runtime, tenant, path, collection=collection, progress=progress, **wish)
     except tuple(CODES) as error:
         raise ImportFailed(CODES[type(error)], str(error)) from error
+    for video in done.queued:
+        start(video)
     return done.to_json()
 
 

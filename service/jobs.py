@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -19,6 +21,7 @@ from dbos import DBOS, DBOSClient, EnqueueOptions, WorkflowStatus
 from dbos._serialization import DBOSPortableJSON
 from sqlalchemy.exc import DBAPIError
 
+from adapters_store import durable
 from service import catalog
 from service.catalog import Task
 from service.records import new_id
@@ -180,13 +183,31 @@ def prepare_engine(settings: Settings) -> None:
 
 
 def sweep(runtime: Runtime, jobs: Jobs) -> None:
-    """Sees to it that every task that has not ended has a job. Several may do it at once."""
+    """Sees to it that every task that has not ended has a job, or ends. Several may do it at once."""
     with runtime.database.read() as connection:
-        waiting = [task for task in catalog.open_tasks(connection) if not task.request.get("offline")]
+        waiting = catalog.open_tasks(connection)
     active = jobs.active_tasks() if waiting else set()
     for task in waiting:
-        if task.id not in active:
+        if task.request.get("offline"):
+            _end_if_killed(runtime, task)
+        elif task.id not in active:
             jobs.ensure(task)
+
+
+def sign_of_life(settings: Settings, task_id: str) -> Path:
+    """The file that an offline command keeps locked while it runs a task."""
+    return settings.data / f"offline-{task_id}.lock"
+
+
+def _end_if_killed(runtime: Runtime, task: Task) -> None:
+    """Ends the task of an offline command whose file is here and held by nobody."""
+    path = sign_of_life(runtime.settings, task.id)
+    with suppress(FileNotFoundError, TimeoutError), path.open("r+") as file:
+        durable.lock(file, 0)
+        with runtime.database.write() as connection:
+            error = {"code": "interrupted", "detail": "the command that ran this training was killed"}
+            catalog.end_task(connection, task.tenant_id, task.id, "failed", error=error)
+        path.unlink()
 
 
 def rescue(runtime: Runtime, jobs: Jobs) -> None:

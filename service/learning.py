@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import structlog
@@ -258,7 +258,7 @@ def _train(
         _first_to_be_killed(child)
         last_words: deque[str] = deque(maxlen=20)
         assert child.stderr is not None and child.stdout is not None
-        listener = threading.Thread(target=lambda: last_words.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
+        listener = threading.Thread(target=_read, args=(child.stderr, last_words.append), daemon=True)
         listener.start()
         share, note, recall = 0.0, "preparing", ""
         for line in _lines(child.stdout):
@@ -319,13 +319,18 @@ def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path
     return path
 
 
-def _lines(stream: Iterable[str]) -> Iterator[str | None]:
+def _read(stream: IO[str], take: Callable[[str], None]) -> None:
+    with stream:
+        for line in stream:
+            take(line)
+
+
+def _lines(stream: IO[str]) -> Iterator[str | None]:
     """The lines of a stream, and None after each second without one."""
     queue: SimpleQueue[str | None] = SimpleQueue()
 
     def read() -> None:
-        for line in stream:
-            queue.put(line)
+        _read(stream, queue.put)
         queue.put(None)
 
     reader = threading.Thread(target=read, daemon=True)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adapters_store
+from adapters_store import durable
 from service import catalog, files, ingest, learning
 from service.blobs import adapter_key, video_key
-from service.catalog import AdapterVersion, Caption, Collection, NotFound, Tenant, Video
+from service.catalog import AdapterVersion, Caption, Collection, NotFound, Task, Tenant, Video
+from service.jobs import sign_of_life
 from service.records import new_id, now
 from service.routes.videos import parse_captions
 from service.runtime import Runtime
@@ -124,27 +126,35 @@ def train_collection(
 ) -> dict[str, Any]:
     """`learning.train_adapter` in this process; the record of its task is kept like any other."""
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with opened(settings) as runtime, Progress(*columns, console=console, disable=console is None) as progress:
+    with (
+        opened(settings) as runtime,
+        Progress(*columns, console=console, disable=console is None) as progress,
+        ExitStack() as stack,
+    ):
         tenant, collection = existing(runtime, tenant_name, collection_name)
         with runtime.database.write() as connection:
             learning.check_captions(connection, tenant.id, collection.id)
             request = {"recipe": recipe, "activate": activate, "offline": True}
             task = catalog.add_task(connection, tenant.id, collection.id, "train_adapter", request)
             catalog.start_task(connection, tenant.id, task.id)
+            durable.lock(stack.enter_context(sign_of_life(settings, task.id).open("w")), 0)
         bar = progress.add_task("", total=1.0)
         try:
             result = learning.train_adapter(
                 runtime, tenant.id, task, lambda share, note: progress.update(bar, completed=share, description=note)
             )
         except BaseException as error:
-            with runtime.database.write() as connection:
-                reason = {"code": getattr(error, "code", "interrupted"), "detail": str(error)}
-                catalog.end_task(connection, tenant.id, task.id, "failed", error=reason)
+            _end(runtime, task, "failed", error={"code": getattr(error, "code", "interrupted"), "detail": str(error)})
             learning.discard(runtime, task)
             raise
-        with runtime.database.write() as connection:
-            catalog.end_task(connection, tenant.id, task.id, "succeeded", result=result)
+        _end(runtime, task, "succeeded", result=result)
         return result
+
+
+def _end(runtime: Runtime, task: Task, status: str, **values: Any) -> None:
+    with runtime.database.write() as connection:
+        catalog.end_task(connection, task.tenant_id, task.id, status, **values)
+    sign_of_life(runtime.settings, task.id).unlink(missing_ok=True)
 
 
 def evaluate_collection(

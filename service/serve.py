@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from types import FrameType
 
@@ -38,8 +37,6 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     supervisor = Supervisor(settings) if worker else None
     if supervisor is not None:
         supervisor.start()
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, then raises the signal again: the end is ours
-        signal.signal(number, lambda *_: None)
     app = create_app(settings, runtime)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, access_log=False)
     try:
@@ -62,7 +59,7 @@ class _Server(uvicorn.Server):
         self._app.state.draining.set()
         if self._supervisor is not None:
             self._supervisor.ask_to_stop()
-        super().handle_exit(sig, frame)
+        self.should_exit = True  # no more than that: uvicorn would raise the signal again, while the worker still drains
 
 
 def _listen(host: str, port: int) -> socket.socket:

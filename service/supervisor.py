@@ -13,8 +13,8 @@ import structlog
 from service.settings import Settings
 
 log = structlog.get_logger()
-BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds; from the start again after a minute of life
-
+BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds, from death to death
+STEADY_SECONDS = 60.0  # after so long a life it begins anew
 STOP_SECONDS = 9.0
 
 
@@ -51,20 +51,31 @@ class Supervisor:
             self._thread.join(timeout=1)
 
     def _watch(self) -> None:
-        failures = 0
+        deaths = 0
         while not self._stopping.is_set():
             started = time.monotonic()
-            command = [sys.executable, "-m", "service.worker", "--parent", str(os.getpid())]
-            self._child = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
-            if self._stopping.is_set():  # asked to stop just now, when there was no child
-                self._child.terminate()
-            status = self._child.wait()
+            status = self._life()
             if self._stopping.is_set():
                 return
-            failures = 0 if time.monotonic() - started > 60 else failures + 1
-            wait = BACKOFF[min(failures, len(BACKOFF) - 1)]
+            if time.monotonic() - started > STEADY_SECONDS:
+                deaths = 0
+            wait = BACKOFF[min(deaths, len(BACKOFF) - 1)]
+            deaths += 1
             log.warning("worker_died", status=status, restart_in_seconds=wait)
             self._stopping.wait(wait)
+
+    def _life(self) -> int | str:
+        """Of one child: how it ended, or why it could not begin."""
+        command = [sys.executable, "-m", "service.worker", "--parent", str(os.getpid())]
+        try:
+            self._child = subprocess.Popen(  # in a group of its own: Ctrl-C is for the API, which tells the worker
+                command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
+            )
+        except OSError as error:  # no memory for another process, say
+            return str(error)
+        if self._stopping.is_set():  # asked to stop just now, when there was no child
+            self._child.terminate()
+        return self._child.wait()
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -193,13 +193,20 @@ class Views:
             path = self._path(key)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                size = snapshot.write(path, opened.view, key._asdict())
-            except OSError as error:  # a full disk: the view does without
+                size = snapshot.write(path, opened.view, key._asdict(), lambda: self._still_searched(key, opened.view))
+            except (OSError, StaleView) as error:  # a full disk, what was deleted meanwhile: the view does without
                 log.warning("snapshot_not_written", vector_set=key.vector_set, reason=str(error))
             else:
                 seconds = round(time.monotonic() - started, 3)
                 log.info("snapshot_written", vector_set=key.vector_set, segments=len(opened.view), bytes=size, seconds=seconds)
         opened.saved = changes
+
+    def _still_searched(self, key: Key, view: IndexView) -> None:
+        """Follows the rows. Raises StaleView where no search uses them any more: they are deleted, or will be."""
+        with self._runtime.database.read() as connection:
+            if key.vector_set not in catalog.searched_sets(connection, key.tenant):
+                raise StaleView("no search uses it")
+            _follow(connection, key, view)
 
     def _prune(self) -> None:
         """Removes snapshots of vectors that no search uses any more, and the least recently used beyond the bound."""
@@ -237,9 +244,12 @@ class Views:
 
 
 def forget(runtime: Runtime, tenant: str, vector_sets: Iterable[str]) -> None:
-    """Removes the snapshots of these vector sets: vectors that have been deleted are in them."""
+    """Removes the snapshots of these vector sets, which hold vectors that have been marked as deleted in a transaction before.
+
+    One that another process writes at the same time does not come to be, or is without them.
+    """
     for vector_set in vector_sets:
-        _snapshot(runtime, tenant, vector_set).unlink(missing_ok=True)
+        snapshot.remove(_snapshot(runtime, tenant, vector_set))
 
 
 def _snapshot(runtime: Runtime, tenant: str, vector_set: str) -> Path:

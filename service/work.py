@@ -9,6 +9,7 @@ its queue as if it had not been started, and what has been done of it is in the 
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
 import time
@@ -28,8 +29,8 @@ from backbone.batcher import BatcherFull
 from indexer.frames import DamagedFrames
 from service import catalog, cleanup, generations, imports, ingest, learning
 from service.blobs import BlobMissing
-from service.catalog import OPEN, Generation, NotFound, Task
-from service.faults import fault_of
+from service.catalog import OPEN, Generation, NotFound, Task, Video
+from service.faults import ERRNO, fault_of
 from service.generations import Progress, Spread
 from service.imports import ImportFailed
 from service.jobs import Jobs
@@ -76,11 +77,11 @@ log = structlog.get_logger()
 
 
 class ChunkFailed(RuntimeError):
-    """A chunk of videos could not be embedded; without a code it may pass."""
+    """A chunk of videos could not be embedded; without a code it may pass, if it `lasts` as soon as the machine lets it."""
 
-    def __init__(self, code: str | None, detail: str) -> None:
+    def __init__(self, code: str | None, detail: str, lasts: bool = False) -> None:
         super().__init__(detail)
-        self.code = code
+        self.code, self.lasts = code, lasts
 
 
 class Shift:
@@ -119,7 +120,7 @@ class Shift:
             except Exception as error:
                 self.pause_if_stopping()
                 code, detail = _reason(error)
-                return {"code": None if _may_pass(error) else code, "detail": detail}
+                return {"code": None if _may_pass(error) else code, "detail": detail, "lasts": _lasts(error)}
         return None
 
     def stop(self) -> None:
@@ -151,6 +152,13 @@ class Shift:
     def spread(self, task: Task) -> Spread | None:
         """For `generations.activate`: chunks as workflows, which all workers take part in."""
         return None if self._jobs is None else _Spread(self._jobs, task)
+
+    def start_indexing(self, video: Video) -> None:
+        """Hands the video's task to its queue; without queues it waits for whoever runs it."""
+        if self._jobs is not None:
+            with self.runtime.database.read() as connection:
+                task = catalog.task(connection, video.tenant_id, video.task_id)
+            self._jobs.enqueue(task)
 
     def _run(self, task: Task, tries: int) -> dict[str, Any] | None:
         report = Report(self, task)
@@ -227,8 +235,7 @@ class Shift:
 
     def _put_off(self, task: Task, error: Exception, tries: int) -> dict[str, Any] | None:
         detail = _reason(error)[1]
-        waited_for = fault_of(error) is not None  # a full disk: as long as it takes
-        if tries >= self.runtime.settings.job_tries and not waited_for:
+        if tries >= self.runtime.settings.job_tries and not _lasts(error):
             self._end(task, "failed", {"code": "worker_failed", "detail": f"tried {tries} times: {detail}"})
             return None
         wait = min(LONGEST_WAIT, FIRST_WAIT * 3 ** (tries - 1)) * random.uniform(0.5, 1.5)
@@ -325,7 +332,7 @@ class _Spread:
                 time.sleep(CHUNKS_LOOK)
                 for workflow, failure in jobs.ended_chunks(list(out)).items():
                     if failure is not None:
-                        raise ChunkFailed(failure["code"], failure["detail"])
+                        raise ChunkFailed(**failure)
                     done += out.pop(workflow)
                 progress(done, total)
         finally:
@@ -361,7 +368,7 @@ def _purge(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
 
 
 def _import_collection(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    return imports.import_for_task(shift.runtime, task, report)
+    return imports.import_for_task(shift.runtime, task, report, shift.start_indexing)
 
 
 KINDS: dict[str, Callable[[Shift, Task, Report], dict[str, Any] | None]] = {
@@ -393,6 +400,13 @@ def _may_pass(error: Exception) -> bool:
         return error.code is None
     lasting = isinstance(error, OSError) and error.errno in LASTING
     return isinstance(error, MAY_PASS) and not isinstance(error, tuple(CODES)) and not lasting
+
+
+def _lasts(error: Exception) -> bool:
+    """Whether it is a fault of the machine, such as a full disk, for whose end a task waits as long as it takes."""
+    if isinstance(error, TrainingFailed):  # another process's words
+        return error.code == "io_error" and any(os.strerror(number) in str(error) for number in ERRNO)
+    return error.lasts if isinstance(error, ChunkFailed) else fault_of(error) is not None
 
 
 def _reason(error: Exception) -> tuple[str, str]:

@@ -53,6 +53,14 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         yield made
 
 
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """Other installations, with either kind of database."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres")
+    with House(tmp_path_factory.mktemp("there") / "data", f"on-{request.param}", database_url=url) as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Weights of another backbone of the built-in shape."""
@@ -112,6 +120,20 @@ def test_a_collection_answers_elsewhere_as_it_did_here(house: House, other: Hous
         first = house.runtime.blobs.get(thumbnail_key(video.collection_id, video.id, 0))
         assert other.runtime.blobs.get(thumbnail_key(moved.collection_id, moved.id, 0)) == first
     assert other.collection("moved").settings == house.collection("films").settings
+
+
+def test_a_collection_comes_back_from_another_house_as_it_went(
+    house: House, other: House, there: House, archive: Path, tmp_path: Path
+) -> None:
+    taken(there, archive, "guest")
+    assert rounded(there.scores("guest")) == rounded(house.scores("films"))
+    taken(other, exported(there, tmp_path / "back.tar", "guest"), back := f"back-{there.tenant.name}")
+    assert other.scores(back) == house.scores("films")
+    assert {v.sha256 for v in other.videos(back).values()} == {v.sha256 for v in house.videos("films").values()}
+    first = {name: there.captions(video) for name, video in there.videos("guest").items()}
+    assert {name: other.captions(video) for name, video in other.videos(back).items()} == first
+    there.add_video(there.collection("guest"), 30)
+    assert len(there.scores("guest")) == 6, "and it lives on there"
 
 
 def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(
@@ -260,25 +282,25 @@ def test_quotas_hold_and_leave_nothing_behind(other: House, archive: Path) -> No
 
 
 def test_an_import_that_dies_is_seen_by_nobody_and_swept_away(
-    other: House, archive: Path, monkeypatch: pytest.MonkeyPatch
+    there: House, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9: no clean-up of the import's own runs."""
-    before = other.inventory()
+    before = there.inventory()
     with monkeypatch.context() as patch:
         patch.setattr(cleanup, "purge_collection", lambda *_: None)
         patch.setattr(catalog, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            taken(other, archive, "dying")
-    assert other.inventory()[0]["segments"] > before[0]["segments"]
+            taken(there, archive, "dying")
+    assert there.inventory()[0]["segments"] > before[0]["segments"]
     with pytest.raises(NotFound):
-        other.scores("dying")
-    with other.runtime.database.read() as connection:
-        assert catalog.usage(connection, other.tenant.id)["videos"] == sum(len(other.videos(c)) for c in names(other))
-    cleanup.sweep(other.runtime)
-    assert other.inventory() != before, "the sweep leaves what may still be under way"
-    cleanup.sweep(other.runtime, grace=0)
-    assert other.inventory() == before
-    taken(other, archive, "dying")
+        there.scores("dying")
+    with there.runtime.database.read() as connection:
+        assert catalog.usage(connection, there.tenant.id)["videos"] == sum(len(there.videos(c)) for c in names(there))
+    cleanup.sweep(there.runtime)
+    assert there.inventory() != before, "the sweep leaves what may still be under way"
+    cleanup.sweep(there.runtime, grace=0)
+    assert there.inventory() == before
+    taken(there, archive, "dying")
 
 
 def names(house: House) -> list[str]:

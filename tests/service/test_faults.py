@@ -23,11 +23,12 @@ from workshop import Workshop
 
 from adapters_store import describe, pack, read, write
 from backbone import AdapterShape, TowerDims
-from service import catalog, ingest, views
+from service import catalog, ingest, learning, views
 from service.app import create_app
 from service.blobs import adapter_key, frames_key, video_key
 from service.database import Database
 from service.doctor import examine
+from service.learning import TrainingFailed
 from service.mistakes import explain
 from service.records import api_keys, new_id
 from service.runtime import Runtime
@@ -128,6 +129,24 @@ def test_a_video_whose_frames_find_no_room_waits_for_it(cramped: Workshop, disk:
     assert files(cramped) == before, "nothing of it is left half-way"
     assert shift.run(cramped.tenant, task.id, again["tries"]) is None
     assert cramped.guest.found(collection) == [answer.json()["video_id"]]
+
+
+def test_a_training_whose_checkpoint_finds_no_room_waits_for_it(
+    cramped: Workshop, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with full(disk), pytest.raises(OSError) as told:
+        checkpoint.write_tensors(disk / "c.safetensors", {"a": torch.ones(100_000)}, {})
+    collection = cramped.id(cramped.guest.collection())
+    with cramped.runtime.database.write() as connection:
+        task = catalog.add_task(connection, cramped.tenant, collection, "train_adapter", {})
+    for error, goes_on in ((told.value, True), (OSError("the device is gone"), False)):
+
+        def fails(*_: Any, said: str = str(error)) -> None:
+            raise TrainingFailed("io_error", said)  # its process tells it in words
+
+        monkeypatch.setattr(learning, "train_adapter", fails)
+        again = Shift(cramped.runtime).run(cramped.tenant, task.id, cramped.runtime.settings.job_tries)
+        assert (again is not None) == goes_on
 
 
 def test_an_adapter_that_finds_no_room_is_not_published(cramped: Workshop, disk: Path) -> None:

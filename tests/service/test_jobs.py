@@ -1,5 +1,6 @@
 """Tasks and the engine under them: tried again or not, put back, cancelled, told about; shared by tenants and workers."""
 
+import errno
 import json
 import os
 import signal
@@ -520,6 +521,43 @@ def test_a_chunk_that_fails_puts_its_task_off_and_a_chunk_whose_worker_died_is_m
     assert ended(shop, task).status == "succeeded", state(shop, task).error
     stuck.set()
     assert calls[0] == 3 and shop.states(collection)[adapter] == "active"
+
+
+def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "LONGEST_WAIT", 0.1)
+    collection = shop.guest.collection()
+    assert ended(shop, shop.task(shop.guest.upload(collection, clip(721)))).status == "succeeded"
+    adapter = shop.adapter(collection, 1)
+    fill, left = generations.fill_chunk, [shop.runtime.settings.job_tries + 1]
+
+    def full(*arguments: Any) -> list[str]:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fill(*arguments)
+
+    monkeypatch.setattr(generations, "fill_chunk", full)
+    task = shop.task(shop.ask(collection, adapter))
+    assert ended(shop, task, 90).status == "succeeded", state(shop, task).error
+    assert shop.states(collection)[adapter] == "active"
+
+
+def test_an_imported_video_without_vectors_is_indexed_without_a_sweep(
+    shop: Workshop, does: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, collection = work.KINDS["index_video"], shop.guest.collection()
+    assert ended(shop, shop.task(shop.guest.upload(collection, clip(722)))).status == "succeeded"
+    does(raises(ConnectionResetError()))
+    waiting = shop.task(shop.guest.upload(collection, clip(723)))
+    wait_for("it to be put off", lambda: state(shop, waiting).message)
+    archive = shop.guest.call("GET", f"/admin/collections/{collection}/export").content
+    shop.guest.post(f"/tasks/{waiting.id}/cancel")
+    monkeypatch.setitem(work.KINDS, "index_video", index)
+    path = "/admin/collections/import?collection=copy"
+    task = shop.task(shop.guest.call("POST", path, files={"file": ("c.tar", archive)}))
+    result = ended(shop, task).result or {}
+    assert (result["videos"], result["queued"]) == (2, 1), state(shop, task).error
+    wait_for("the other", lambda: len(shop.guest.found("copy")) == 2)
 
 
 def test_workflows_that_ended_long_ago_are_forgotten(shop: Workshop, engine: Jobs, does: Any) -> None:

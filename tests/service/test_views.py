@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexer import index
-from indexer.index import IndexView
-from service import catalog, views
+from indexer import index, snapshot
+from indexer.index import IndexView, faiss
+from service import catalog, cleanup, views
 from service.catalog import Generation
 from service.records import new_id
 from service.runtime import Runtime
@@ -98,6 +98,18 @@ class World:
     def snapshots(self) -> list[Path]:
         return sorted(self.runtime.settings.snapshots.glob("*/*.view"))
 
+    def purge(self, generation: Generation, video: str) -> None:
+        """What a request to delete the video and its job do."""
+        with self.runtime.database.write() as connection:
+            task = cleanup.delete_video(connection, self.tenant.id, generation.collection_id, video)
+        self.forget(generation, video)
+        cleanup.purge(self.runtime, task)
+
+    def files_with(self, *what: bytes) -> set[str]:
+        """The data folder's files that hold any of these bytes, by their endings."""
+        found = [path for path in self.runtime.settings.data.rglob("*") if path.is_file()]
+        return {path.suffix for path in found if any(part in path.read_bytes() for part in what)}
+
     def opened_from_snapshot(self) -> bool:
         """Whether the open view of `home` came from its snapshot: then it has applied fewer rows than it holds."""
         return self.open().changes < len(self.open())
@@ -149,6 +161,99 @@ def test_a_snapshot_is_written_again_when_the_tail_has_grown_and_not_before(worl
     world.check()
     world.settle()
     assert world.snapshots()[0].stat().st_mtime_ns > first
+
+
+def codes_of(view: IndexView, video: str) -> list[bytes]:
+    """The vectors of a video's segments, as the view's memory holds them."""
+    numbers = np.flatnonzero(view._rows["video"][: view._index.ntotal] == view._names.index(video))
+    if not view.approximate:
+        return [code.tobytes() for code in faiss.vector_to_array(view._index.codes).reshape(-1, 2 * view.dim)[numbers]]
+    lists, found = view._index.invlists, []
+    for number in range(view._index.nlist):
+        size = lists.list_size(number)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * view.dim).reshape(size, -1)
+        found += [codes[i].tobytes() for i in range(size) if lists.get_single_id(number, i) in numbers]
+    return found
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_no_snapshot_holds_what_was_deleted(world: World, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(index, "LARGE", 40 * world.dim)
+    videos = world.add(world.home, 30, segments=2)
+    world.check()
+    world.settle()
+    gone = videos[7]
+    secret = [world.vectors[world.home.vector_set, gone, i].tobytes() for i in (0, 1)]
+    codes = codes_of(view := world.check(), gone)
+    assert view.approximate == large and len(set(codes)) == 2 and (large or codes == secret)
+    assert world.files_with(*codes, gone.encode()) >= {".view"}
+    world.purge(world.home, gone)
+    assert world.files_with(*codes, *secret) == set() and not world.snapshots()
+    world.add(world.home, 30)
+    assert world.check() is view, "it goes on from memory"
+    world.settle()
+    assert len(world.snapshots()) == 1
+    assert world.files_with(*codes, *secret) == set()
+    assert ".view" not in world.files_with(gone.encode())
+    world.restart()
+    world.check()
+    assert world.opened_from_snapshot()
+
+
+@pytest.mark.parametrize("before", ["the file is begun", "it is brought up to date", "the copy", "the sum", "the renaming"])
+def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """As by another process: the whole job of the deletion comes in between."""
+    gone = world.add(world.home, 30)[7]
+    secret = world.vectors[world.home.vector_set, gone, 0].tobytes()
+    reached: list[str] = []
+    place: dict[str, tuple[Any, str]] = {
+        "the file is begun": (snapshot, "write"),
+        "it is brought up to date": (catalog, "searched_sets"),
+        "the copy": (IndexView, "dump"),
+        "the sum": (snapshot.hashlib, "sha256"),
+        "the renaming": (snapshot.os, "replace"),
+    }
+    owner, name = place[before]
+    really = getattr(owner, name)
+
+    def deleted_first(*arguments: Any) -> Any:
+        if threading.current_thread().name == "views" and not reached:
+            reached.append(gone)
+            world.purge(world.home, gone)
+        return really(*arguments)
+
+    held = threading.Event()
+    world.views.beside(lambda: held.wait(60) and None)
+    world.open()
+    monkeypatch.setattr(owner, name, deleted_first)
+    held.set()
+    world.settle()
+    assert reached and world.files_with(secret) == set()
+    assert len(world.snapshots()) == (before == "the file is begun")
+    world.restart()
+    world.check()
+
+
+def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add(world.home, 30)
+    held, really = threading.Event(), catalog.drop_vectors
+    world.views.beside(lambda: held.wait(60) and None)
+    world.open()
+    monkeypatch.setattr(world.views, "_prune", lambda: None)  # as if the process died before
+
+    def written_first(*arguments: Any) -> int:
+        held.set()
+        world.settle()
+        return really(*arguments)
+
+    monkeypatch.setattr(cleanup.catalog, "drop_vectors", written_first)
+    with world.runtime.database.write() as connection:
+        task = cleanup.delete_collection(connection, world.tenant.id, world.home.collection_id)
+    cleanup.purge(world.runtime, task)
+    assert held.is_set() and not world.snapshots()
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "flipped", "another's"])
