@@ -40,6 +40,7 @@ def clip(number: int = 0, seconds: float = 1.0, size: tuple[int, int] = (96, 64)
     """An MP4 file whose picture has the one colour of its number: `colour(number)`. Other numbers give other bytes."""
     memory = BytesIO()
     with av.open(memory, "w", format="mp4") as container:
+        container.metadata["comment"] = str(number)  # colours come again after 180
         stream: Any = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
@@ -49,7 +50,6 @@ def clip(number: int = 0, seconds: float = 1.0, size: tuple[int, int] = (96, 64)
         for _ in range(round(seconds * fps)):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-        container.metadata["comment"] = str(number)
     return memory.getvalue()
 
 
