@@ -118,9 +118,7 @@ def look(runtime: Runtime, tenant: Tenant, path: Path, name: str | None, re_embe
         return arrival.name
 
 
-def import_for_task(
-    runtime: Runtime, task: Task, progress: Tell, start: Callable[[Video], None] = lambda video: None
-) -> dict[str, Any]:
+def import_for_task(runtime: Runtime, task: Task, progress: Tell, start: Callable[[Video], None]) -> dict[str, Any]:
     """The job of an import over HTTP; it may be run again after a crash. `start`: for videos that have yet to be indexed.
 
     Raises ImportFailed.

@@ -8,12 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import ROOT_KEY, Server, Tenant, new_tenant
-from starlette.testclient import TestClient
-from workshop import Workshop
-
-from service.app import create_app
-from service.settings import Settings
+from serving import Server, Tenant, new_tenant
+from workshop import Workshop, application
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +28,7 @@ def tenant(server: Server) -> Tenant:
 
 @pytest.fixture(scope="session")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An application without a worker, in this process; what it cannot answer comes back as 500."""
-    settings = Settings(
-        data=tmp_path_factory.mktemp("application") / "data", root_key=ROOT_KEY, max_video_bytes=100_000, threads=1
-    )
-    with TestClient(create_app(settings), raise_server_exceptions=False) as running:
+    with application(tmp_path_factory.mktemp("application") / "data") as running:
         yield running
 
 

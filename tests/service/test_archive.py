@@ -609,9 +609,10 @@ def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
         patch.setattr(cleanup, "purge_collection", lambda *_: None)
         patch.setattr(catalog, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            imports.import_for_task(runtime, queued, lambda share, note: None)
+            imports.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
     assert work(tenant, queued.id)["status"] == "succeeded"
-    assert imports.import_for_task(runtime, queued, lambda share, note: None)["collection"] == "films", "done already"
+    again = imports.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
+    assert again["collection"] == "films", "done already"
     assert len(tenant.found("films")) == 4
 
 

@@ -9,27 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ROOT, ROOT_KEY, Tenant, new_tenant
+from serving import ROOT, Tenant, new_tenant
 from sqlalchemy import select
-from starlette.testclient import TestClient
-from workshop import Workshop
+from workshop import Workshop, application
 
 from service import catalog, cleanup, generations
-from service.app import create_app
 from service.blobs import frames_key, video_key
 from service.records import metadata
 from service.runtime import Runtime
-from service.settings import Settings
 from service.work import Shift
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An application of this file's own: the files of one that other tests use too hold their words and their open purges."""
-    settings = Settings(
-        data=tmp_path_factory.mktemp("erased") / "data", root_key=ROOT_KEY, max_video_bytes=100_000, threads=1
-    )
-    with TestClient(create_app(settings), raise_server_exceptions=False) as running:
+    with application(tmp_path_factory.mktemp("erased") / "data") as running:
         yield running
 
 

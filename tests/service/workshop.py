@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from serving import Tenant, clip
+from serving import ROOT_KEY, Tenant, clip
+from starlette.testclient import TestClient
 
 from adapters_store import pack
 from backbone import AdapterShape
 from service import catalog
+from service.app import create_app
 from service.catalog import Generation, Task
 from service.runtime import Runtime
+from service.settings import Settings
 from service.work import Shift
+
+
+def application(data: Path) -> TestClient:
+    """An application without a worker, in this process; what it cannot answer comes back as 500."""
+    settings = Settings(data=data, root_key=ROOT_KEY, max_video_bytes=100_000, threads=1)
+    return TestClient(create_app(settings), raise_server_exceptions=False)
 
 
 class Workshop:
