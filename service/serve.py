@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from types import FrameType
@@ -17,6 +18,7 @@ from service.settings import Settings
 from service.supervisor import Supervisor
 
 DRAIN_SECONDS = 5  # for requests that are being answered, uploads that are being received
+IDLE_SECONDS = 75  # of a connection: who closes first may cut a request off, and clients and proxies keep theirs for up to 60
 
 console = Console(stderr=True, highlight=False)
 
@@ -38,7 +40,14 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     if supervisor is not None:
         supervisor.start()
     app = create_app(settings, runtime)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, access_log=False)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        access_log=False,
+    )
+    gc.freeze()  # what is imported and loaded stays: a full collection would stop every search to look through it
     try:
         _Server(config, app, supervisor).run(sockets=[listener])
     finally:

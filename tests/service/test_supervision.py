@@ -252,6 +252,17 @@ def test_sigterm_ends_the_service_in_order_and_a_second_one_at_once(own: Server)
 
 
 @pytest.mark.slow
+def test_a_client_may_keep_a_connection_for_as_long_as_httpx_does(server: Server) -> None:
+    url = server.client.base_url
+    with closing(http.client.HTTPConnection(url.host, url.port, timeout=30)) as connection:
+        for pause in (5.5, 0):  # httpx takes a connection that has been idle for 5 s, not for more
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            assert answer.read() and answer.status == 200
+            time.sleep(pause)
+
+
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_a_worker_that_hangs(own: Server) -> None:
     worker = own.worker()
     assert worker is not None
