@@ -58,6 +58,8 @@ class DemoFailed(RuntimeError):
 def run(data: Path, port: int, check: bool) -> int:
     """The whole demo; with `check`, in a fresh data folder that is removed again, and 1 if a goal is missed."""
     started = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: the service ends with the demo
+        signal.signal(number, signal.default_int_handler)
     data.mkdir(parents=True, exist_ok=True)
     worlds = draw_worlds(data / "worlds")
     with tempfile.TemporaryDirectory(dir=data, prefix="check-") as scratch:
@@ -116,8 +118,8 @@ def service(home: Path, port: int, root_key: str) -> Iterator[str]:
     log = home / "service.log"
     environment = {**os.environ, "POLYCLIP_ROOT_KEY": root_key, "POLYCLIP_BACKBONE": "builtin", "COLUMNS": "200"}
     command = [sys.executable, "-m", "service.cli", "serve", "--data", str(home), "--port", str(port)]
-    with log.open("wb") as out:
-        child = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+    with log.open("wb") as out:  # in a group of its own: Ctrl-C in a terminal is for the demo, which tells the service
+        child = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, process_group=0)
     try:
         deadline = time.monotonic() + 120
         while True:
