@@ -1,8 +1,9 @@
 """Searches over HTTP, ViT-B/32 with random weights, 64 collections of 8 tenants, each with an adapter of its own and 200
 videos: closed-loop clients that each ask a new text of about 12 tokens, of collections drawn uniformly or by zipf's law. Our
 service and the naive one (`bench/naive.py`) take turns on the same machine, which also runs the clients. A row's time is that
-of one query; the ratio is of queries a second, ours to the naive one's, at as many clients: there, more is faster. Then where
-one query's time goes with one client of the standard library: the stages as the answer's `timings_ms` tells them, and what HTTP
+of one query; the ratio is of queries a second, ours to the naive one's, at as many clients: there, more is faster. It is the
+median of the turns, and may differ from the ratio of the whole rates. Then where one query's time goes with one client of the
+standard library: the stages as the answer's `timings_ms` tells them, and what HTTP
 and the framework add to their sum."""
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from bench.timing import Row
 
 BACKBONE = "ViT-B-32"
 TENANTS, EACH, VIDEOS, FRAMES = 8, 8, 200, 12
-# Clients: turns of each service, and seconds of a turn: several times what the naive one needs to answer every client once.
+# Clients: turns of each service, and seconds of a turn: twice what the naive one needs to answer every client once, or more.
 TURNS = {1: (3, 3.0), 8: (3, 4.0), 32: (3, 8.0), 128: (1, 30.0)}
 WORDS = ("red", "dog", "man", "car", "runs", "small", "large", "near", "street", "water", "plays", "green", "black", "old")
 ROOT_KEY = "bench-root-key"

@@ -1,0 +1,7 @@
+"""The web service and the command line."""
+
+import os
+
+# Read when torch is loaded, so set before. Threads of a forward wait for each other busily for a moment, not for milliseconds:
+# where another program has one of the cores, what they wait for is the core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

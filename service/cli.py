@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +25,6 @@ def main() -> None:
     """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
     from service.mistakes import explain
 
-    # Read when torch is loaded. Threads of a forward wait for each other busily for a moment, not for milliseconds: where
-    # another program has one of the cores, what they wait for is the core.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except Exception as error:

@@ -1,5 +1,3 @@
 """For all tests."""
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `polyclip` has it, before torch is loaded: two processes share the cores
+import service  # noqa: F401  # first, as its OpenMP setting must be there before torch is: two processes share the cores
