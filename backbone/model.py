@@ -21,15 +21,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone.adapter import Adapter, TowerAdapter, TowerDims
-from backbone.half import HalfWeights
+from backbone.linear import HalfWeights, Linear, Reordered, linear_of, onednn
 from backbone.packing import Packing
-from backbone.stack import Slots, StackedTower, stacked
+from backbone.stack import SLOPE, Slots, StackedTower, stacked
 
 Adapters = Adapter | Sequence[Adapter | None] | Slots | None
 """None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
 Slots: one for each row, from a stack on the device, for inference."""
 
-Linear = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (…, d), weight (e, d), bias (e,) → (…, e)
 Apply = Callable[[Tensor, int], Tensor]  # h (B, T, d) and its place → h with the adapters on it
 
 
@@ -84,6 +83,8 @@ class Backbone:
         self._text = getattr(frozen, "text", frozen)  # CustomTextCLIP keeps its text tower apart
         self._tokenizer = tokenizer
         self._check_architecture()
+        self._linear: Linear
+        self._text_linear: Linear  # where no gradients are wanted
         visual_blocks, text_blocks = self._visual.transformer.resblocks, self._text.transformer.resblocks
         self.dims = TowerDims(
             visual_width=visual_blocks[0].ln_1.normalized_shape[0],
@@ -103,7 +104,8 @@ class Backbone:
         if halves and dtype == torch.float32:
             halves = HalfWeights.lossless(p for block in text_blocks for p in block.parameters() if p.ndim == 2)
         self._compute_in(torch.float32 if halves else dtype)
-        self._halves: HalfWeights | None = HalfWeights() if halves else None
+        if halves:
+            self._text_linear = HalfWeights()
 
     @property
     def logit_scale(self) -> float:
@@ -161,9 +163,9 @@ class Backbone:
         x = x if packing is None else packing.pack(x)
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         pool = self._text_token(tokens)
-        linear = F.linear if self._halves is None or torch.is_grad_enabled() else self._halves.linear
+        linear = self._linear if torch.is_grad_enabled() else self._text_linear
         x = _run_blocks(
-            x, text.transformer.resblocks, apply, mask, first, pool=pool, packing=packing, linear=linear, recompute=recompute
+            x, text.transformer.resblocks, linear, apply, mask, first, pool=pool, packing=packing, recompute=recompute
         )
         x = text.ln_final(x)
         pooled = text_global_pool(x, tokens, self._text_pool) if pool is None else x[:, 0]  # (B, d)
@@ -186,7 +188,7 @@ class Backbone:
         """`encode_frames`, with pixels on the device and what is applied there; nothing in it waits for the device."""
         x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
         blocks = self._visual.transformer.resblocks
-        x = _run_blocks(x, blocks, apply, None, first, pool=self._frame_token(x), recompute=recompute)
+        x = _run_blocks(x, blocks, self._linear, apply, None, first, pool=self._frame_token(x), recompute=recompute)
         pooled, _ = self._visual._pool(x)
         return pooled @ self._visual.proj  # type: ignore[no-any-return]
 
@@ -197,7 +199,7 @@ class Backbone:
         mask = None if self._text.attn_mask is None else self._text.attn_mask[:length, :length]
         blocks = self._text.transformer.resblocks
         pool = self._text_token(tokens) if layers == len(blocks) else None
-        return Prefix(_run_blocks(self._embed_text(tokens), blocks[:layers], None, mask, pool=pool), layers)
+        return Prefix(_run_blocks(self._embed_text(tokens), blocks[:layers], self._linear, None, mask, pool=pool), layers)
 
     def frame_prefix(self, pixels: Tensor, layers: int) -> Prefix:
         """The first `layers` blocks over pixels (N, 3, image_size, image_size), without adapters: states (N, T, width), or
@@ -205,7 +207,7 @@ class Backbone:
         """
         x, blocks = self._embed_frames(pixels), self._visual.transformer.resblocks
         pool = self._frame_token(x) if layers == len(blocks) else None
-        return Prefix(_run_blocks(x, blocks[:layers], None, None, pool=pool), layers)
+        return Prefix(_run_blocks(x, blocks[:layers], self._linear, None, None, pool=pool), layers)
 
     def unfrozen(self) -> tuple[Backbone, dict[str, Tensor]]:
         """A copy of its own whose weights take gradients, all but logit_scale, and those weights by name.
@@ -216,7 +218,7 @@ class Backbone:
         twin._model = copy.deepcopy(self._model)
         twin._visual = twin._model.visual
         twin._text = getattr(twin._model, "text", twin._model)
-        twin.fingerprint, twin._halves = "unfrozen", None
+        twin.fingerprint, twin._text_linear = "unfrozen", twin._linear
         weights = {name: tensor for name, tensor in twin._model.named_parameters() if name != "logit_scale"}
         for tensor in weights.values():
             tensor.requires_grad_()
@@ -228,7 +230,8 @@ class Backbone:
 
     def _compute_in(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._halves = None
+        self._linear = linear_of(self.device, dtype)
+        self._text_linear = Reordered() if self._linear is onednn else self._linear
         for block in (*self._visual.transformer.resblocks, *self._text.transformer.resblocks):
             block.attn.to(dtype)
             block.mlp.to(dtype)
@@ -328,13 +331,13 @@ class Backbone:
 def _run_blocks(
     x: Tensor,
     blocks: Sequence[Any],
+    linear: Linear,
     apply: Apply | None,
     mask: Tensor | None,
     first: int = 0,
     *,
     pool: Tensor | None = None,
     packing: Packing | None = None,
-    linear: Linear = F.linear,
     recompute: bool = False,
 ) -> Tensor:
     """x (B, T, d), or (N, d) of a packing, through a tower's blocks from `first` on; (B, 1, d) where `pool` (B,) says which
@@ -403,11 +406,15 @@ def _attention(
 def _mlp(mlp: Any, x: Tensor, linear: Linear) -> Tensor:
     """x (…, d) → (…, d). Semantics: `mlp(x)`, in the weights' dtype.
 
-    h · sigmoid(1.702 h) is silu(1.702 h) / 1.702: both factors go into the products, and one pass over h is left of three.
+    h · sigmoid(1.702 h) is silu(1.702 h) / 1.702, in one pass over h and two factors, which torch's product takes in.
     """
     expand, activation, project = mlp
     x = x.to(expand.weight.dtype)
-    if linear is F.linear and isinstance(activation, QuickGELU):
-        h = torch.addmm(expand.bias, x.flatten(0, -2), expand.weight.T, beta=1.702, alpha=1.702)  # (B · T, 4d)
-        return torch.addmm(project.bias, F.silu(h), project.weight.T, alpha=1 / 1.702).view_as(x)
-    return linear(activation(linear(x, expand.weight, expand.bias)), project.weight, project.bias)
+    if not isinstance(activation, QuickGELU):
+        return linear(activation(linear(x, expand.weight, expand.bias)), project.weight, project.bias)
+    rows = x.flatten(0, -2)  # (B · T, d)
+    if linear is F.linear:
+        h = torch.addmm(expand.bias, rows, expand.weight.T, beta=SLOPE, alpha=SLOPE)  # (B · T, 4d)
+        return torch.addmm(project.bias, F.silu(h), project.weight.T, alpha=1 / SLOPE).view_as(x)
+    h = linear(rows, expand.weight, expand.bias).mul_(SLOPE)
+    return linear(F.silu(h).mul_(1 / SLOPE), project.weight, project.bias).view_as(x)

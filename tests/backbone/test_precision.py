@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from backbone import AdapterShape, AdapterStack, Backbone, FlatAdapter, Slots, load_backbone, q_score, to_pixels
+from backbone.linear import HalfWeights
 from training.worlds import scenes
 
 VIDEOS = 100
@@ -102,18 +104,19 @@ def test_half_precision_finds_what_float32_finds(device: str, dtype: torch.dtype
 
 def test_weights_that_were_published_as_float16_are_kept_so_and_nothing_is_lost() -> None:
     backbone, tokens = load_backbone("builtin"), questions()[0][:40]
-    assert backbone._halves is not None
+    halves = backbone._text_linear
+    assert isinstance(halves, HalfWeights)
     with torch.inference_mode():
-        found = backbone.encode_text(tokens)
-        used, backbone._halves = len(backbone._halves._packed), None
+        found, backbone._text_linear = backbone.encode_text(tokens), F.linear
         torch.testing.assert_close(found, backbone.encode_text(tokens), atol=1e-5, rtol=1e-5)
     layers = backbone.dims.text_layers
-    assert used == 4 * layers + 1, "four products a block; the last one has its queries apart"
+    assert len(halves._prepared) == 4 * layers + 1, "four products a block; the last one has its queries apart"
 
 
 def test_weights_of_float32_are_halved_only_for_who_asks() -> None:
     exact, halves = (load_backbone("ViT-S-32-alt", "random", dtype=dtype) for dtype in (torch.float32, torch.float16))
-    assert exact._halves is None and halves._halves is not None and exact.fingerprint == halves.fingerprint
+    assert isinstance(halves._text_linear, HalfWeights) and not isinstance(exact._text_linear, HalfWeights)
+    assert exact.fingerprint == halves.fingerprint
     tokens = exact.tokenize(["a dog", "a longer text about two dogs that run through deep snow"]).ids
     with torch.inference_mode():
         assert 0 < relative(halves.encode_text(tokens), exact.encode_text(tokens)) < 2e-3
