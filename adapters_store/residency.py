@@ -22,7 +22,7 @@ from types import TracebackType
 import torch
 
 from adapters_store.artifact import Artifact, DamagedAdapter, InvalidAdapter, unpack
-from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims
+from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims, threads
 from backbone.stack import rank_of
 
 LOADERS = 8
@@ -120,8 +120,8 @@ class Residency:
         self._pins: dict[str, set[str]] = {}  # owners
         self._closed = False
         self._counters = Counters()
-        self._loaders = ThreadPoolExecutor(LOADERS, "adapter-load")
-        self._writer = ThreadPoolExecutor(1, "adapter-write")
+        self._loaders = ThreadPoolExecutor(LOADERS, "adapter-load", threads.alone)
+        self._writer = ThreadPoolExecutor(1, "adapter-write", threads.alone)
 
     def lease(self, digest: str, fetch: Fetch, timeout: float | None = None) -> Lease:
         """A lease of the adapter of this digest, waited for; `fetch` reads its file where it is not in memory.

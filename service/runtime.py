@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import DamagedAdapter, Lease, Residency, durable, slots_of
-from backbone import Backbone, Graphs, load_backbone
+from backbone import Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
 from indexer.sandbox import Limits, Sandbox
 from service import catalog, keys
@@ -102,7 +102,8 @@ class Runtime:
     def _backbone(self) -> Backbone:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
-        backbone = load_backbone(self.choice.name, self.choice.pretrained, self.device, dtype=self.dtype)
+        choice = self.choice
+        backbone = threads.apart(lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype))
         with self.database.write() as connection:
             recorded = catalog.fact(connection, "backbone")
             if recorded is None:
@@ -130,14 +131,17 @@ class Runtime:
 
     @cached_property
     def _residency(self) -> Residency:
-        return Residency(
-            self.backbone.fingerprint,
-            self.backbone.dims,
-            self.device,
-            stack_bytes=self.settings.adapter_bytes,
-            host_bytes=self.settings.adapter_host_bytes,
-            rank=min(self.settings.adapter_rank, self.backbone.dims.text_width, self.backbone.dims.visual_width),
-            dtype=self.backbone.dtype,
+        backbone, settings = self.backbone, self.settings
+        return threads.apart(
+            lambda: Residency(
+                backbone.fingerprint,
+                backbone.dims,
+                self.device,
+                stack_bytes=settings.adapter_bytes,
+                host_bytes=settings.adapter_host_bytes,
+                rank=min(settings.adapter_rank, backbone.dims.text_width, backbone.dims.visual_width),
+                dtype=backbone.dtype,
+            )
         )
 
     @cached_property

@@ -14,13 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import structlog
-import torch
 from anyio import to_thread
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from adapters_store import Lease, PinsExhausted
-from backbone import rescore
+from backbone import rescore, threads
 from indexer.index import Candidate
 from service import catalog
 from service.catalog import Collection, Generation, Video
@@ -79,7 +77,7 @@ class Searcher:
         self.texts = TextCache(runtime.settings.text_cache_bytes)
         self.views = Views(runtime)
         self.frames = FrameVectors(runtime.database, runtime.settings.frame_cache_bytes)
-        self._threads = ThreadPoolExecutor(os.cpu_count(), "search", _one_thread)  # more would only fight for the interpreter
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
         self._pinned: dict[str, str] = {}  # collection → digest
         self._lock = threading.Lock()
 
@@ -217,15 +215,6 @@ def _give_back(request: Future[Lease]) -> None:
     """Releases a lease, or withdraws what is not granted yet."""
     if not request.cancel():
         request.add_done_callback(lambda done: None if done.exception() else done.result().release())
-
-
-def _one_thread() -> None:
-    """What a search asks of torch, FAISS and BLAS is done on its own thread: there are as many of these as cores.
-
-    OpenMP keeps this setting for each thread apart: a forward on another thread goes on with all cores.
-    """
-    torch.get_num_threads()  # sets the thread up as torch wants it, which would undo the rest
-    threadpool_limits(1)
 
 
 class _Clock:
