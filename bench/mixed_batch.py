@@ -1,6 +1,6 @@
 """Texts with adapters in one batch, ViT-B/32 with random weights, texts of 12 tokens, adapters of rank 8 in slots of a stack of
 rank 16: batches of 1 to 64 with 1, 8 and 32 different adapters; against the same batch without adapters, with the adapters
-as a list (copied together for each batch), one text after the other, and open_clip's own `encode_text` at 77 tokens."""
+as a list (copied together for each batch), one text after the other, and open_clip's own `encode_text` at 77 tokens, of the batch and of one text after the other."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ def run() -> list[Row]:
     def one_by_one(tokens: torch.Tensor) -> object:
         return [backbone.encode_text(row[None], there[i % len(there)]) for i, row in enumerate(tokens)]
 
+    def naive(tokens: torch.Tensor) -> object:
+        return [backbone._model.encode_text(row[None]) for row in tokens]
+
     rows = []
     for size in BATCHES:
         tokens = backbone.tokenize([f"a person number {i} walks a small dog there" for i in range(size)]).ids
@@ -53,6 +56,7 @@ def run() -> list[Row]:
         if size > 1:
             ways[f"{texts}, {min(size, len(there))} adapters as a list"] = timed(listed, tokens)
             ways[f"{texts}, {min(size, len(there))} adapters, one by one"] = timed(one_by_one, tokens)
+            ways[f"{texts}, open_clip's encode_text, one by one"] = timed(naive, tokens)
         ways[f"{texts}, open_clip's encode_text"] = timed(backbone._model.encode_text, tokens)
         rows += compare(ways, naive=f"{texts}, no adapter", rounds=31 if size == 1 else 7)
     return rows
