@@ -1,6 +1,7 @@
 """Texts with adapters in one batch, ViT-B/32 with random weights, texts of 12 tokens, adapters of rank 8 in slots of a stack of
 rank 16: batches of 1 to 64 with 1, 8 and 32 different adapters; against the same batch without adapters, with the adapters
-as a list (copied together for each batch), one text after the other, and open_clip's own `encode_text` at 77 tokens, of the batch and of one text after the other."""
+as a list (copied together for each batch), one text after the other, and open_clip's own `encode_text` at 77 tokens, of the
+batch and of one text after the other."""
 
 from __future__ import annotations
 
