@@ -24,7 +24,9 @@ def linear_of(device: torch.device, dtype: torch.dtype) -> Linear:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.linear` in float32 on a CPU, by oneDNN."""
+    """`F.linear` in float32 on a CPU, by oneDNN. Under autocast torch's own: half precision is not on every processor."""
+    if torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _OneDNN.apply(x, weight, bias)  # type: ignore[no-any-return]
     return _product(x, weight, bias)

@@ -42,6 +42,16 @@ def test_gradients_are_those_of_torch(shape: tuple[int, ...], wanted: tuple[bool
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-5)
 
 
+@here
+def test_autocast_has_torchs_own() -> None:
+    """oneDNN's half precision is not on every processor, and autocast would hand it its tensors."""
+    x, weight, bias = layer(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = onednn(x, weight, bias), F.linear(x, weight, bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 def test_a_gpu_and_half_precision_have_torchs_own() -> None:
     assert linear_of(torch.device("cuda"), torch.float32) is F.linear
     assert linear_of(torch.device("cpu"), torch.bfloat16) is F.linear

@@ -46,7 +46,7 @@ def test_threads_that_wait_give_their_core_away() -> None:
         "; cli.main()"
     )
     found = subprocess.run([sys.executable, "-c", story], capture_output=True, text=True, env={}, check=True)
-    assert found.stdout.split() == ["1000", "False"]
+    assert found.stdout.split() == ["10000", "False"]
 
 
 def test_another_precision_searches_the_same_data(tmp_path: Path) -> None:
