@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from av.error import FFmpegError
+from PIL import Image
 
 from indexer.decode import DecodedVideo, DecodeError, MediaFacts, Sampling, decode, reopen
 
@@ -181,10 +182,18 @@ def _failed(code: str, log: str = "") -> dict[str, Any]:
 # --- the zygote and its forks
 
 
+def import_decoders() -> None:
+    """Once for every fork: also what av, numpy and PIL import only when first used, an eighth of a short video's time."""
+    import av.subtitles.stream  # noqa: F401
+    import decord  # noqa: F401
+    import numpy.ma  # noqa: F401
+
+    Image.preinit()
+
+
 def serve() -> None:
     """Answer jobs until standard input ends, which it does when the parent dies."""
-    import decord  # noqa: F401  (imported here once, for every fork)
-
+    import_decoders()
     libc = ctypes.CDLL(None, use_errno=True)
     buffered = b""
     while True:

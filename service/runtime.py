@@ -229,17 +229,21 @@ class Runtime:
 
     @cached_property
     def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
-        encoder = self._encoder
+        encoder, on_cpu, most = self._encoder, self.device.type == "cpu", self.settings.batch_frames
+        parts = threads.Parts((self.settings.threads or torch.get_num_threads()) if on_cpu else 1)
 
         def encode(rows: Sequence[tuple[NDArray[np.uint8], Lease | None]]) -> Sequence[NDArray[np.float32]]:
-            with torch.inference_mode():
-                pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
-                leases = [lease for pixels, lease in rows for _ in pixels]
-                vectors = encoder.encode_frames(pixels, slots_of(leases)).cpu().numpy()
+            pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
+            leases = [lease for pixels, lease in rows for _ in pixels]
+
+            @torch.inference_mode()
+            def part(of: slice) -> NDArray[np.float32]:
+                return encoder.encode_frames(pixels[of], slots_of(leases[of])).cpu().numpy()
+
+            vectors = np.concatenate(parts.run(part, len(pixels)))
             return np.split(vectors, np.cumsum([len(pixels) for pixels, _ in rows])[:-1])
 
-        most = self.settings.batch_frames if self.device.type == "cuda" else min(CPU_FRAMES, self.settings.batch_frames)
-        return Batcher(encode, most, name="frames")
+        return Batcher(encode, min(CPU_FRAMES, most) if on_cpu else most, name="frames")
 
     @property
     def decoder(self) -> DecoderPool:

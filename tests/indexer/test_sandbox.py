@@ -14,7 +14,7 @@ import pytest
 from videos import time_shown, write_video
 
 from indexer.decode import DecodeError, Sampling
-from indexer.sandbox import Limits, Sandbox
+from indexer.sandbox import ENVIRONMENT, Limits, Sandbox
 
 SLOW = Sampling(frames_per_segment=250, short_side=720)  # of the video `large`: some seconds of work
 
@@ -125,6 +125,23 @@ def test_the_faults_of_a_file_come_through_with_their_codes(sandbox: Sandbox, sm
 def test_a_fault_of_ours_is_not_blamed_on_the_file(sandbox: Sandbox, small: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         sandbox.decode(small, tmp_path / "no such folder")
+
+
+def test_a_fork_has_nothing_left_to_import(small: Path, out: Path) -> None:
+    story = """
+import sys
+from pathlib import Path
+from indexer.decode import decode
+from indexer.sandbox import import_decoders
+import_decoders()
+assert len(list(Path("/proc/self/task").iterdir())) == 1
+before = set(sys.modules)
+decode(Path(sys.argv[1]), Path(sys.argv[2]))
+print(*(set(sys.modules) - before))
+"""
+    command = [sys.executable, "-c", story, str(small), str(out)]
+    told = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == []
 
 
 def test_one_zygote_without_threads_serves_all_calls(sandbox: Sandbox, small: Path, tmp_path: Path) -> None:
