@@ -5,16 +5,18 @@ once, but always the same ones on the same memory. So a batch is rounded up to o
 of its own: rows that are added are of slot 0 and read by nobody, tokens that are added stand behind the end of every text,
 where causal attention does not look. The slots of the stack are read on the device: a slot may be written between two batches.
 
-On a CPU the same buffers are filled and the forward is called. That is how it was tested: the capture itself has not yet run on
-a GPU. `pytest -m gpu` says what must hold there.
+On a CPU, and for a size whose capture fails, the same buffers are filled and the forward is called. That is how it was tested:
+the capture itself has not yet run on a GPU. `pytest -m gpu` says what must hold there.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from backbone.model import Adapters, Backbone
 from backbone.stack import AdapterStack, Slots
 
+log = logging.getLogger(__name__)
 LENGTHS = (8, 16, 24, 32)  # tokens; then the context length
 
 
@@ -112,7 +115,7 @@ class Graphs:
         return self._captured[size]
 
     def _capture(self, size: tuple[int, ...]) -> _Captured:
-        device, pinned = self._backbone.device, self._pool is not None
+        device, pinned = self._backbone.device, self._backbone.device.type == "cuda"
         dtype = torch.int64 if len(size) == 2 else torch.uint8
         host, host_slots = (torch.zeros(s, dtype=d, pin_memory=pinned) for s, d in ((size, dtype), (size[:1], torch.int64)))
         inputs, slots = host.to(device, copy=True), host_slots.to(device, copy=True)
@@ -121,18 +124,26 @@ class Graphs:
         def run() -> Tensor:
             return self._backbone.run_text(inputs, apply) if len(size) == 2 else self._backbone.run_frames(inputs, apply)
 
-        if self._pool is None:
-            vectors = run()
-            return _Captured(host, host_slots, inputs, slots, vectors, lambda: vectors.copy_(run()))
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            run()  # loads kernels and takes workspaces, which a capture may not
-        torch.cuda.current_stream(device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # adapters load meanwhile
-            vectors = run()
-        return _Captured(host, host_slots, inputs, slots, vectors, graph.replay)
+        if self._pool is not None:
+            try:
+                return _Captured(host, host_slots, inputs, slots, *_graph(run, device, self._pool))
+            except RuntimeError as error:  # CUDA's errors are of this kind
+                log.warning("no CUDA graph of size %s: its batches are launched kernel by kernel", size, exc_info=error)
+        vectors = run()
+        return _Captured(host, host_slots, inputs, slots, vectors, lambda: vectors.copy_(run()))
+
+
+def _graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Tensor, Callable[[], object]]:
+    """What `run` gives, and what gives it anew in the same memory. Raises RuntimeError where it cannot be captured."""
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        run()  # loads kernels and takes workspaces, which a capture may not
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # adapters load meanwhile
+        vectors = run()
+    return vectors, graph.replay
 
 
 def _halves(most: int) -> list[int]:

@@ -147,3 +147,24 @@ def test_threads_that_share_the_graphs_get_their_own_vectors(
 
     with ThreadPoolExecutor(len(jobs)) as threads:
         list(threads.map(work, range(len(jobs))))
+
+
+def test_a_size_that_cannot_be_captured_is_computed_all_the_same(
+    plain: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    stack = AdapterStack(plain.dims, 3, 16)
+    adapters = [made(seed, plain) for seed in (1, 2)]
+    for slot, adapter in enumerate(adapters, 1):
+        stack.write(slot, FlatAdapter.of(adapter, plain.dims))
+    graphs = Graphs(plain, stack, texts=2, frames=2)
+    monkeypatch.setattr(graphs, "_pool", object())  # as on a GPU
+    monkeypatch.setattr("backbone.graphs._graph", fails)
+    graphs.warm()
+    assert "no CUDA graph of size (2, 8)" in caplog.text
+    (tokens, pixels, _), slots = batch(plain, 2, 0), Slots(stack, torch.tensor([1, 2]))
+    with torch.inference_mode():
+        near(graphs.encode_text(tokens, slots), plain.encode_text(tokens, adapters), 1e-5)
+        near(graphs.encode_frames(pixels, slots), plain.encode_frames(pixels, adapters), 1e-5)
