@@ -33,7 +33,7 @@ from service.database import Database
 from service.settings import Settings
 
 CLOSE_SECONDS = 5.0
-CPU_FRAMES = 24  # in one forward there: more are no faster (ViT-B/32: 0.12 s a frame), and an upload waits for those before it
+CPU_FRAMES = 12  # of each thread in one forward there: more are no faster, and an upload waits for those before it
 
 
 class OtherBackbone(RuntimeError):
@@ -229,8 +229,11 @@ class Runtime:
 
     @cached_property
     def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
-        encoder, on_cpu, most = self._encoder, self.device.type == "cpu", self.settings.batch_frames
-        parts = threads.Parts((self.settings.threads or torch.get_num_threads()) if on_cpu else 1)
+        encoder, count, most = self._encoder, 1, self.settings.batch_frames
+        if self.device.type == "cpu":
+            count = self.settings.threads or torch.get_num_threads()
+            most = min(CPU_FRAMES * count, most)
+        parts = threads.Parts(count)
 
         def encode(rows: Sequence[tuple[NDArray[np.uint8], Lease | None]]) -> Sequence[NDArray[np.float32]]:
             pixels = torch.from_numpy(np.concatenate([pixels for pixels, _ in rows]))
@@ -243,7 +246,7 @@ class Runtime:
             vectors = np.concatenate(parts.run(part, len(pixels)))
             return np.split(vectors, np.cumsum([len(pixels) for pixels, _ in rows])[:-1])
 
-        return Batcher(encode, min(CPU_FRAMES, most) if on_cpu else most, name="frames")
+        return Batcher(encode, most, name="frames")
 
     @property
     def decoder(self) -> DecoderPool:
