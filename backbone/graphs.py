@@ -5,8 +5,8 @@ once, but always the same ones on the same memory. So a batch is rounded up to o
 of its own: rows that are added are of slot 0 and read by nobody, tokens that are added stand behind the end of every text,
 where causal attention does not look. The slots of the stack are read on the device: a slot may be written between two batches.
 
-On a CPU, and for a size whose capture fails, the same buffers are filled and the forward is called. That is how it was tested:
-the capture itself has not yet run on a GPU. `pytest -m gpu` says what must hold there.
+On a CPU, and for a size whose capture fails, the same buffers are filled and the forward is called. That is how it was tested,
+and on fake tensors of a GPU: the capture itself has not yet run on one. `pytest -m gpu` says what must hold there.
 """
 
 from __future__ import annotations
