@@ -193,6 +193,11 @@ class Server:
         """The process id of the embedded worker, None while there is none."""
         return next((pid for pid, command in self.processes().items() if "service.worker" in command), None)
 
+    def files_of(self, *ids: str) -> list[str]:
+        """The stored files that are some video's; `rglob` would stumble over a folder that is being removed."""
+        files = (f"{folder}/{name}" for folder, _, names in os.walk(self.data / "blobs") for name in names)
+        return [file for file in files if any(each in file for each in ids)]
+
     def kill(self) -> None:
         """SIGKILL to the server's own process, and to nothing else."""
         self.process.send_signal(signal.SIGKILL)

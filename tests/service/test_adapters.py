@@ -179,7 +179,7 @@ def test_deleting_the_collection_ends_its_training_and_leaves_nothing_of_it(serv
     wait_for("the training", lambda: scratch.exists() and (tenant.get(f"/tasks/{task}").json()["progress"] or None))
     assert tenant.call("DELETE", f"/collections/{collection}").status_code == 204
     wait_for("the end of the training", lambda: not scratch.exists())
-    wait_for("the purge", lambda: not [p for v in videos for p in (server.data / "blobs").rglob(f"*{v}*")])
+    wait_for("the purge", lambda: not server.files_of(*videos))
     wait_for("the end of its tasks", lambda: tenant.get(f"/tasks/{task}").status_code == 404)
     assert {t["kind"] for t in tenant.get("/tasks").json()["data"]} == {"purge"}
 
