@@ -21,9 +21,9 @@ faiss: Any = _faiss  # its stubs know other names and arguments
 TOMBSTONE = -1
 ROW = np.dtype([("seq", "<i8"), ("start", "<f8"), ("end", "<f8"), ("video", "<i4"), ("ordinal", "<i4")])
 
-# Measured on one thread (`python -m bench index_sizes`, docs/benchmarks.md): a flat scan of 50,000 × 512 takes 9 ms and one of
-# 200,000 takes 17; 128 of 900 lists take 4 ms there and find 97 % of the same 200 candidates. HNSW searches in 2 ms, but takes
-# 109 s to build where the lists take 14, and cannot be searched through for few allowed rows.
+# Measured on one thread (`python -m bench index_sizes`, docs/benchmarks.md): a flat scan of 50,000 × 512 takes 2 ms and one of
+# 200,000 takes 6; 128 of 900 lists take 1.4 ms there and find 97 % of the same 200 candidates. HNSW searches in 1.1 ms, but
+# takes 26 s to build where the lists take 6, and cannot be searched through for few allowed rows.
 LARGE = 50_000 * 512  # numbers in a flat view above which it is made approximate
 PROBES = 128  # lists that a search without filter reads
 TRAINING = 64  # vectors for each list
