@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from backbone import Adapter, AdapterShape, TowerDims
 
 FORMAT = "polyclip-adapter/1"
 MAX_BYTES = 512 * 1024 * 1024
+MAX_HEADER = 64 * 1024  # bytes; that of an adapter has about two thousand
+MAX_LAYERS, MAX_WIDTH = 1024, 65536  # of a tower; no backbone comes near
+MAX_WEIGHT = 1e4  # of what comes from outside; below it no sum of a layer leaves float32's range
 SOURCE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,8 +38,21 @@ class DamagedAdapter(InvalidAdapter):
     """The file of a published version is gone, or is not what its digest names."""
 
 
+class RankTooLarge(InvalidAdapter):
+    """The adapter is of a rank that would slow down everybody's searches, and no setting allows it."""
+
+
 class AdapterMismatch(ValueError):
     """The adapter was made for another backbone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What an adapter that comes in has to fit: the backbone, and the largest rank that is taken."""
+
+    fingerprint: str
+    dims: TowerDims
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +116,52 @@ def pack(
     return _canonical(safetensors.torch.save(values, metadata))
 
 
-def unpack(data: bytes) -> Artifact:
-    """Reads and checks a safetensors file from anywhere. Raises InvalidAdapter."""
+def unpack(data: bytes, fit: Fit | None = None) -> Artifact:
+    """Reads and checks a safetensors file from anywhere: what its header claims is compared with the limits, with the sizes
+    of its tensors and with `fit` before any tensor is built. Raises InvalidAdapter; AdapterMismatch for another backbone.
+    """
     if len(data) > MAX_BYTES:
         raise InvalidAdapter(f"an adapter file may have {MAX_BYTES} bytes, this one has {len(data)}")
     try:
-        tensors = safetensors.torch.load(data)
         header = _header(data)
-        about = json.loads(header["__metadata__"]["adapter"])
-        dims = TowerDims(*(int(about[k]) for k in ("visual_width", "visual_layers", "text_width", "text_layers")))
-        shape = AdapterShape(dims, int(about["rank"]), int(about["shared"]), about["scope"])
-        backbone = str(about["backbone"])
-        source_dtype = header["__metadata__"].get("source_dtype")
+        facts = header.pop("__metadata__")
+        about = json.loads(facts["adapter"])
+        widths, layers = (MAX_WIDTH, MAX_WIDTH), (MAX_LAYERS, MAX_LAYERS)
+        limits = zip(("visual_width", "text_width", "visual_layers", "text_layers"), widths + layers, strict=True)
+        dims = TowerDims(**{name: _number(about, name, 1, most) for name, most in limits})
+        shape = AdapterShape(
+            dims, _number(about, "rank", 1, MAX_WIDTH), _number(about, "shared", 0, MAX_WIDTH), about["scope"]
+        )
+        backbone, source_dtype = about["backbone"], facts.get("source_dtype")
+        if not isinstance(backbone, str):
+            raise ValueError("the backbone is not named")
         if source_dtype is not None and source_dtype not in SOURCE_DTYPES:
             raise ValueError(f"unknown source dtype {source_dtype!r}")
-        shape.assemble(tensors)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if fit is not None:
+            _check_fit(fit, backbone, shape)
+        shape.check({name: tuple(tensor["shape"]) for name, tensor in header.items()})
+        if any(tensor["dtype"] != "F32" for tensor in header.values()):
+            raise ValueError("adapter tensors must be float32")
+        tensors = safetensors.torch.load(data)
+        shape.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    except (AdapterMismatch, RankTooLarge):
+        raise
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidAdapter(f"not an adapter file of polyclip: {_one_line(error)}") from error
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise InvalidAdapter("adapter tensors must be float32")
-    if not all(bool(tensor.sum().isfinite() or tensor.isfinite().all()) for tensor in tensors.values()):
-        raise InvalidAdapter("adapter tensors must be finite")
+    for name, tensor in tensors.items():
+        check_values(name, tensor, math.inf if fit is None else MAX_WEIGHT)
     return Artifact(hashlib.sha256(data).hexdigest(), backbone, shape, tensors, source_dtype)
+
+
+def check_values(name: str, tensor: Tensor, most: float) -> None:
+    """Raises InvalidAdapter for a tensor with a value that is not finite, or beyond ±`most`."""
+    if not tensor.numel():
+        return
+    low, high = (value.item() for value in tensor.aminmax())  # NaN if there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InvalidAdapter(f"adapter tensors must be finite: {name} is not")
+    if max(-low, high) > most:
+        raise InvalidAdapter(f"adapter tensor {name} has a value of {max(-low, high):.3g}: more than {most:g} is no weight")
 
 
 def describe(file: bytes, /, **facts: Any) -> Manifest:
@@ -158,8 +199,30 @@ def read(folder: Path) -> tuple[bytes, Manifest]:
 
 
 def _header(data: bytes) -> dict[str, Any]:
+    """Raises ValueError."""
     length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length])  # type: ignore[no-any-return]
+    if length > MAX_HEADER:
+        raise ValueError(f"the header may have {MAX_HEADER} bytes, it claims {length}")
+    header = json.loads(data[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    return header
+
+
+def _number(about: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    value = about[name]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number between {least} and {most}, not {value!r:.40}")
+    return value
+
+
+def _check_fit(fit: Fit, backbone: str, shape: AdapterShape) -> None:
+    if backbone != fit.fingerprint:
+        raise AdapterMismatch(f"the adapter was trained on backbone {backbone[:12]}; this one is {fit.fingerprint[:12]}")
+    if shape.dims != fit.dims:
+        raise AdapterMismatch(f"the adapter names this backbone, but its towers are {shape.dims}, not {fit.dims}")
+    if shape.rank > fit.rank:
+        raise RankTooLarge(f"the adapter has rank {shape.rank}, the largest that is taken here is {fit.rank}")
 
 
 def _canonical(data: bytes) -> bytes:

@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import SOURCE_DTYPES, Artifact, InvalidAdapter
+from adapters_store.artifact import SOURCE_DTYPES, Artifact, InvalidAdapter, check_values
 from backbone import AdapterShape, TowerDims
 
+MAX_STATE_HEADER = 16 * 1024 * 1024  # bytes of a safetensors header: a whole model's has some hundred thousand
 PREFIX = "clip."
 WRAPPERS = ("module.", PREFIX)
 NESTS = ("state_dict", "model_state_dict", "model")
@@ -75,6 +76,8 @@ def from_official(state: Mapping[str, Tensor], dims: TowerDims) -> tuple[Adapter
                 *made_for, dims.visual_width, dims.visual_layers, dims.text_width, dims.text_layers
             )
         )
+    if sizes["rank"] > max(dims.visual_width, dims.text_width):  # a file's tensor may claim more values than it holds
+        raise InvalidAdapter(f"a rank of {sizes['rank']} is wider than both towers")
     try:
         shape = AdapterShape(dims, sizes["rank"], sizes["shared rows"])
     except ValueError as error:
@@ -84,8 +87,7 @@ def from_official(state: Mapping[str, Tensor], dims: TowerDims) -> tuple[Adapter
         source = dtypes.pop()
     tensors = {name: _copy(found[name], torch.float32) for name in shape.layout()}
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidAdapter(f"adapter tensors must be finite: {name} is not")
+        check_values(name, tensor, torch.finfo(torch.float16).max)  # the released code computes in float16
     return shape, tensors, _name(source)
 
 
@@ -134,6 +136,8 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
     try:
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") > MAX_STATE_HEADER:
+            raise ValueError("such a header is no checkpoint's")
         loaded: Any = safetensors.torch.load_file(path) if start[8:] == b"{" else _torch_load(path)
     except Exception as error:  # what torch and safetensors raise on a foreign file is not documented
         raise InvalidAdapter(

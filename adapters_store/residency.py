@@ -21,7 +21,7 @@ from types import TracebackType
 
 import torch
 
-from adapters_store.artifact import Artifact, DamagedAdapter, InvalidAdapter, unpack
+from adapters_store.artifact import AdapterMismatch, Artifact, DamagedAdapter, InvalidAdapter, unpack
 from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims, threads
 from backbone.stack import rank_of
 
@@ -279,7 +279,10 @@ class Residency:
 
     def _load(self, entry: _Entry, fetch: Fetch) -> None:
         try:
-            adapter = _checked(fetch(), entry.digest).adapter(self._fingerprint)
+            artifact = _checked(fetch(), entry.digest)
+            if artifact.backbone == self._fingerprint and artifact.shape.dims != self.stack.dims:
+                raise AdapterMismatch(f"adapter {entry.digest[:12]} has towers of {artifact.shape.dims}, not {self.stack.dims}")
+            adapter = artifact.adapter(self._fingerprint)
             large = max(rank_of(adapter.visual), rank_of(adapter.text)) > self.stack.rank
             held = adapter if large else FlatAdapter.of(adapter, self.stack.dims, pinned=self.stack.device.type == "cuda")
         except BaseException as error:

@@ -158,17 +158,21 @@ class AdapterShape:
                 tensor[: first[name]] = 0
         return tensors
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError if a tensor of these shapes is missing, unknown or of another shape."""
+        expected = self.layout()
+        if problems := sorted(expected.keys() ^ shapes.keys()):
+            raise ValueError(f"adapter tensors missing or unknown: {', '.join(problems)}")
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"adapter tensor {name} has shape {shapes[name]}, not {shape}")
+
     def assemble(self, tensors: Tensors) -> Adapter:
         """The fused form of `tensors`, differentiable in them.
 
         Raises ValueError if a tensor is missing, unknown or of another shape.
         """
-        expected = self.layout()
-        if problems := sorted(expected.keys() ^ tensors.keys()):
-            raise ValueError(f"adapter tensors missing or unknown: {', '.join(problems)}")
-        for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"adapter tensor {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+        self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         towers = {tower: self._fuse(tensors, tower, layers) for tower, _, layers in self.towers()}
         return Adapter(visual=towers.get("visual"), text=towers.get("text"))
 

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 import adapters_store
 from indexer.decode import DecodedVideo, DecodeError, MediaFacts
 from indexer.frames import pack_frames
-from service import catalog, cleanup, uploads, vectors
+from service import catalog, cleanup, learning, uploads, vectors
 from service.archive import FIRST, Archive, InvalidArchive, Member
 from service.blobs import adapter_key, frames_key, thumbnail_key, video_key
 from service.catalog import AlreadyExists, Caption, InvalidName, QuotaExceeded, Task, Tenant, Video
@@ -164,9 +164,9 @@ class _Arrival:
             theirs = manifest["collection"]
             self.name = name or str(theirs["name"])
             self._settings = settings_json(CollectionSettings(**theirs["settings"]))
-            self._claims = {"collections": 1, "videos": int(manifest["videos"]), "bytes": int(manifest["bytes"])}
+            self._claims = {"collections": 1, "videos": _whole(manifest["videos"]), "bytes": _whole(manifest["bytes"])}
             fingerprint = str(manifest["backbone"]["fingerprint"])
-            self.adapters = [(str(a["digest"]), int(a["version"]), _time(a["created_at"])) for a in manifest["adapters"]]
+            self.adapters = [(str(a["digest"]), _whole(a["version"]), _time(a["created_at"])) for a in manifest["adapters"]]
             self._generations = [
                 (str(g["id"]), g["adapter"] and str(g["adapter"]), str(g["vector_set"]), g["active"] is True)
                 for g in manifest["generations"]
@@ -222,7 +222,7 @@ class _Arrival:
             try:
                 data = self._archive.read(parts[f"adapters/{digest}.safetensors"], adapters_store.artifact.MAX_BYTES)
                 told = self._archive.json(parts[f"adapters/{digest}.json"])
-                adapters_store.unpack(data).adapter(runtime.backbone.fingerprint)
+                learning.check_adapter(runtime, data)
                 manifest = adapters_store.describe(data, **self._origin(told))
                 if manifest.digest != digest:
                     raise InvalidArchive("it is another one")
@@ -355,6 +355,12 @@ def _told(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Caption], Med
 
 def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _whole(value: Any) -> int:
+    if not _is_int(value):
+        raise ValueError(f"{value!r:.40} is no whole number")
+    return int(value)
 
 
 def _is_int(value: Any) -> bool:

@@ -69,6 +69,14 @@ def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
         raise TooFewCaptions(f"an adapter needs at least {MINIMUM_VIDEOS} ready videos with captions, there are {videos}")
 
 
+def check_recipe(runtime: Runtime, values: Mapping[str, Any]) -> Recipe:
+    """A recipe from outside, within this service's limits. Raises InvalidRecipe."""
+    recipe = Recipe.of(values)
+    recipe.shape(runtime.backbone.dims)
+    recipe.check_rank(runtime.settings.largest_rank)
+    return recipe
+
+
 def train_adapter(
     runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], spread: Spread | None = None
 ) -> dict[str, Any]:
@@ -175,13 +183,33 @@ def activate(
 def publish(
     runtime: Runtime, tenant: str, collection_id: str, data: bytes, manifest: adapters_store.Manifest
 ) -> AdapterVersion:
-    """Stores an adapter as the collection's next version. Raises AdapterMismatch for an adapter of another backbone."""
-    adapters_store.unpack(data).adapter(runtime.backbone.fingerprint)
+    """Stores an adapter as the collection's next version. Raises as `check_adapter` does."""
+    check_adapter(runtime, data)
     with runtime.database.write() as connection:
         if catalog.lock_collection(connection, tenant, collection_id) is None:
             raise catalog.NotFound("collection", collection_id)
         runtime.blobs.put(adapter_key(collection_id, manifest.digest), data)  # under the lock: a purge of the same bytes waits
         return catalog.add_adapter(connection, tenant, collection_id, manifest.to_json())
+
+
+def check_adapter(runtime: Runtime, data: bytes) -> adapters_store.Artifact:
+    """An adapter file that may be published: for this backbone, of a rank that is taken, with answers that are finite.
+
+    It is tried on a text and a frame the way that searches use it, in the device's precision. Raises InvalidAdapter,
+    AdapterMismatch, LeaseTimeout.
+    """
+    artifact = adapters_store.unpack(data, runtime.fit)
+    backbone, seconds = runtime.backbone, runtime.settings.search_seconds
+    side = backbone.image_size
+    frame = (np.arange(3 * side * side, dtype=np.int64) % 251).astype(np.uint8).reshape(1, 3, side, side)
+    with runtime.residency.lease(artifact.digest, lambda: data, seconds) as lease:
+        tried = [
+            runtime.texts.submit((backbone.tokenize(["a video"]).ids[0], lease)).result(seconds),
+            runtime.frames.submit((frame, lease)).result(seconds),
+        ]
+    if not all(np.isfinite(vectors).all() for vectors in tried):
+        raise adapters_store.InvalidAdapter("the adapter's weights are too large: its answers are not finite numbers")
+    return artifact
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +268,7 @@ def _train(
     out: Path,
     progress: Callable[[float, str], None],
 ) -> None:
-    Recipe.of(recipe)
+    check_recipe(runtime, recipe)
     with ExitStack() as stack:
         dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl")
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import DamagedAdapter, Lease, Residency, durable, slots_of
+from adapters_store import DamagedAdapter, Fit, Lease, Residency, durable, slots_of
 from backbone import Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
 from indexer.sandbox import Limits, Sandbox
@@ -122,6 +122,11 @@ class Runtime:
     @property
     def backbone_loaded(self) -> bool:
         return "_backbone" in self.__dict__
+
+    @property
+    def fit(self) -> Fit:
+        """What an adapter must fit to be published here."""
+        return Fit(self.backbone.fingerprint, self.backbone.dims, self.settings.largest_rank)
 
     @property
     def residency(self) -> Residency:

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     adapter_bytes: int = Field(256 * MiB, ge=1, description="Adapters kept on the device, in bytes.")
     adapter_host_bytes: int = Field(1024 * MiB, ge=0, description="Adapters kept in the host's memory, in bytes.")
     adapter_rank: int = Field(16, ge=1, description="Largest rank that is kept on the device; larger ones are slower.")
+    adapter_max_rank: int | None = Field(
+        None, ge=1, description="Largest rank that is imported, or trained over HTTP; default: that of `adapter_rank`."
+    )
     view_bytes: int = Field(2048 * MiB, ge=1, description="Index views kept in memory, in bytes.")
     snapshot_bytes: int = Field(4096 * MiB, ge=0, description="Snapshots of index views kept on disk, in bytes; 0: none.")
     batch_texts: int = Field(64, ge=1, description="Largest batch of texts in one forward pass.")
@@ -71,6 +74,10 @@ class Settings(BaseSettings):
     @property
     def blob_root(self) -> str:
         return self.blobs or f"file://{self.data.absolute() / 'blobs'}"
+
+    @property
+    def largest_rank(self) -> int:
+        return self.adapter_max_rank or self.adapter_rank
 
     @property
     def scratch(self) -> Path:

@@ -93,6 +93,11 @@ class Recipe:
         except ValueError as error:
             raise InvalidRecipe(str(error)) from error
 
+    def check_rank(self, largest: int) -> None:
+        """Raises InvalidRecipe."""
+        if self.method == "adapter" and self.rank > largest:
+            raise InvalidRecipe(f"recipe.rank is {self.rank}, the largest that is taken here is {largest}")
+
     def total_steps(self, pairs: int) -> int:
         """Optimiser steps over `pairs` training pairs."""
         if self.steps is not None:

@@ -16,7 +16,6 @@ from service.records import now
 from service.routes.access import PROBLEMS, CanAdmin, CanSearch, House, IdempotencyKey, InHouse, collection_of
 from service.routes.collections import listing
 from service.schemas import ActivateRequest, EvaluateRequest, TrainRequest
-from training.recipe import Recipe
 
 router = APIRouter(tags=["adapters"], responses=PROBLEMS)
 
@@ -28,7 +27,7 @@ def train(
     """Trains an adapter from the collection's captions and, if its validation R@1 is no worse, activates it."""
     body = body or TrainRequest()
     recipe = {**body.recipe, **({"scope": body.scope} if body.scope else {})}
-    Recipe.of(recipe).shape(house.runtime.backbone.dims)
+    learning.check_recipe(house.runtime, recipe)
 
     def add(connection: Connection, collection: Collection) -> Task:
         learning.check_captions(connection, tenant.id, collection.id)

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 import adapters_store
-from adapters_store import AdapterMismatch, InvalidAdapter, describe, pack, read, unpack, write
+from adapters_store import AdapterMismatch, Fit, InvalidAdapter, RankTooLarge, describe, pack, read, unpack, write
 from backbone import AdapterShape, TowerDims
 
 DIMS = TowerDims(192, 6, 128, 4)
@@ -91,3 +91,54 @@ def test_a_file_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(adapters_store.artifact, "MAX_BYTES", 100)
     with pytest.raises(InvalidAdapter, match="100 bytes"):
         unpack(packed())
+
+
+def claiming(**claims: object) -> bytes:
+    """An adapter file of a few hundred bytes, without tensors, that claims to be larger than it is."""
+    dims = {"visual_width": 192, "visual_layers": 6, "text_width": 128, "text_layers": 4}
+    about = {"backbone": FINGERPRINT, "rank": 4, "shared": 8, "scope": "both", **dims, **claims}
+    header = json.dumps({"__metadata__": {"format": "polyclip-adapter/1", "adapter": json.dumps(about)}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+NUMBERS = ("visual_width", "visual_layers", "text_width", "text_layers", "rank", "shared")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [10**9, 10**30, -1, 4.5, 4.0, float("inf"), float("nan"), "4", True, None, [4]])
+def test_a_number_of_the_header_is_believed_within_the_limits_only(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layout(shape: AdapterShape) -> None:
+        raise AssertionError(f"the tensors of {shape} were listed")
+
+    monkeypatch.setattr(AdapterShape, "layout", layout)
+    with pytest.raises(InvalidAdapter, match=name):
+        unpack(claiming(**{name: value}))
+
+
+def test_claims_are_compared_with_the_tensors_before_one_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("tensors were built"))
+    with pytest.raises(InvalidAdapter, match="missing"):
+        unpack(claiming(visual_layers=1000, text_layers=1000, rank=60_000))
+    with pytest.raises(InvalidAdapter, match="header"):
+        unpack((1 << 20).to_bytes(8, "little") + b"{" * (1 << 20))
+
+
+def test_an_adapter_that_comes_in_fits_the_backbone_and_the_largest_rank() -> None:
+    fit = Fit(FINGERPRINT, DIMS, rank=4)
+    assert unpack(packed(), fit).shape == SHAPE
+    with pytest.raises(RankTooLarge, match="rank 4, the largest that is taken here is 3"):
+        unpack(packed(), Fit(FINGERPRINT, DIMS, rank=3))
+    with pytest.raises(AdapterMismatch, match="towers"):
+        unpack(packed(), Fit(FINGERPRINT, TowerDims(192, 6, 128, 5), rank=4))
+    with pytest.raises(AdapterMismatch, match="backbone"):
+        unpack(packed(), Fit("0" * 64, DIMS, rank=4))
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 2e4])
+def test_weights_that_would_leave_the_range_of_floats_do_not_come_in(value: float) -> None:
+    tensors = SHAPE.initial(0)
+    tensors["text_adapter_down_weight"][0, 0, 0] = value
+    with pytest.raises(InvalidAdapter, match="text_adapter_down_weight"):
+        unpack(pack(SHAPE, FINGERPRINT, tensors), Fit(FINGERPRINT, DIMS, rank=4))

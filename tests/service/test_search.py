@@ -45,7 +45,8 @@ class House:
         self.runtime.prepare()
         size = AdapterStack.slot_bytes(self.runtime.backbone.dims, 16)
         self.runtime.close()
-        self.runtime = Runtime(Settings(data=folder, threads=1, adapter_bytes=(room + 1) * size, **settings))
+        limits = {"adapter_bytes": (room + 1) * size, "adapter_max_rank": 24}
+        self.runtime = Runtime(Settings(data=folder, threads=1, **limits, **settings))
         self.searcher = Searcher(self.runtime)
         with self.runtime.database.write() as connection:
             self.tenants = [catalog.create_tenant(connection, name, {}) for name in ("acme", "borealis")]

@@ -1,0 +1,97 @@
+"""What an adapter from outside may claim, and what a training over HTTP may ask for."""
+
+import json
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from workshop import Workshop
+
+import adapters_store
+from adapters_store import Fit, InvalidAdapter, pack
+from backbone import AdapterShape, TowerDims
+from service import learning
+
+
+def sent(workshop: Workshop, collection: str, data: bytes) -> Any:
+    path = f"/admin/collections/{collection}/adapters/import"
+    return workshop.guest.call("POST", path, files={"file": ("a.safetensors", data)})
+
+
+def adapter(workshop: Workshop, rank: int, dims: TowerDims | None = None, weight: float = 0.0) -> bytes:
+    backbone = workshop.runtime.backbone
+    shape = AdapterShape(dims or backbone.dims, rank, 0)
+    tensors = {name: tensor + (weight if name.endswith("weight") else 0.0) for name, tensor in shape.initial(0).items()}
+    return pack(shape, backbone.fingerprint, tensors)
+
+
+def test_ranks_above_the_stacks_are_refused_unless_a_setting_allows_them(workshop: Workshop) -> None:
+    collection, largest = workshop.guest.collection(), workshop.runtime.settings.adapter_rank
+    refused = sent(workshop, collection, adapter(workshop, largest + 1))
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_adapter")
+    assert f"rank {largest + 1}" in refused.json()["detail"]
+    assert sent(workshop, collection, adapter(workshop, largest)).status_code == 202
+    allowed = workshop.runtime.settings.model_copy(update={"adapter_max_rank": largest + 1})
+    assert allowed.largest_rank == largest + 1
+
+
+@pytest.mark.parametrize("weight", [3e38, 1e25])
+def test_weights_that_make_searches_empty_are_refused(workshop: Workshop, weight: float) -> None:
+    refused = sent(workshop, workshop.guest.collection(), adapter(workshop, 2, weight=weight))
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_adapter")
+
+
+def test_an_adapter_is_tried_before_it_is_published(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the bound of a weight lets it pass, the answers themselves decide."""
+    monkeypatch.setattr(adapters_store.artifact, "MAX_WEIGHT", float("inf"))
+    collection = workshop.guest.collection()
+    refused = sent(workshop, collection, adapter(workshop, 2, weight=1e25))
+    assert refused.status_code == 422 and "not finite" in refused.json()["detail"]
+    assert workshop.guest.get(f"/collections/{collection}/adapters").json()["data"] == []
+
+
+def test_an_adapter_that_names_this_backbone_but_has_other_towers_is_refused(workshop: Workshop) -> None:
+    dims = workshop.runtime.backbone.dims
+    other = TowerDims(dims.visual_width, dims.visual_layers, dims.text_width, dims.text_layers + 1)
+    refused = sent(workshop, workshop.guest.collection(), adapter(workshop, 2, other))
+    assert (refused.status_code, refused.json()["code"]) == (422, "adapter_mismatch")
+
+
+@pytest.mark.parametrize("claim", [{"visual_layers": 10**9}, {"rank": 1e400}, {"rank": "2"}, {"text_width": 2.0}])
+def test_a_header_that_lies_is_refused(workshop: Workshop, claim: dict[str, Any]) -> None:
+    data = adapter(workshop, 2)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = {**json.loads(header["__metadata__"]["adapter"]), **claim}
+    lying = safetensors.torch.save(safetensors.torch.load(data), {"adapter": json.dumps(about)})
+    refused = sent(workshop, workshop.guest.collection(), lying)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_adapter")
+    assert next(iter(claim)) in refused.json()["detail"]
+
+
+def test_a_checkpoint_whose_tensors_claim_more_than_they_hold_is_refused() -> None:
+    """A view of one number may say that it has any shape."""
+    dims, rank = TowerDims(64, 2, 32, 2), 1_000_000
+    shapes = AdapterShape(dims, rank, 0).layout()
+    state = {f"clip.{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    with pytest.raises(InvalidAdapter, match="wider than both towers"):
+        adapters_store.from_official(state, dims)
+
+
+def test_the_published_file_is_one_that_fits(workshop: Workshop) -> None:
+    """Whatever way an adapter comes in: the check is in front of the one place that publishes."""
+    collection, data = workshop.guest.collection(), adapter(workshop, 40)
+    with pytest.raises(InvalidAdapter, match="rank 40"):
+        learning.publish(
+            workshop.runtime, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data)
+        )
+    assert isinstance(workshop.runtime.fit, Fit)
+
+
+@pytest.mark.parametrize("rank", [17, 256])
+def test_a_recipe_over_http_asks_for_no_larger_rank(workshop: Workshop, rank: int) -> None:
+    collection, _ = workshop.filled([])
+    refused = workshop.guest.post(f"/admin/collections/{collection}/adapters", {"recipe": {"rank": rank}})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_recipe")
+    assert f"recipe.rank is {rank}" in refused.json()["detail"]
