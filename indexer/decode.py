@@ -35,6 +35,8 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h
 # decord can be given no such list, so it only sees files whose first bytes leave no doubt what they are.
 DECORD_HEADS = re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL)
 LONGEST_SIDE = 16384  # pixels
+ASPECT = 4  # of a cached frame, at most: backbones see its middle square only
+LARGEST_FRAME = ASPECT * 1024 * 1024  # pixels of a cached frame
 FRAME_NAME = re.compile(r"\d{3,6}-(\d{2,4}|thumb)\.jpg")
 
 
@@ -153,8 +155,8 @@ def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decord: bo
 def reopen(path: Path, out: Path, facts: MediaFacts, sampling: Sampling = Sampling()) -> DecodedVideo:
     """Cached frames that come from elsewhere (a zip as `indexer.frames` packs it), written anew into the folder `out`.
 
-    Every picture is decoded once, to see that it is a JPEG of a sane size; thumbnails are made of them. Raises DecodeError
-    (`frames_damaged`).
+    Every picture is decoded once, to see that it is a JPEG of a sane size; thumbnails are made of them. One that would be
+    dear to read again (too large, or in many scans) is written as `decode` would. Raises DecodeError (`frames_damaged`).
     """
     segments = []
     try:
@@ -171,14 +173,15 @@ def reopen(path: Path, out: Path, facts: MediaFacts, sampling: Sampling = Sampli
                     image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
                     if image.width * image.height > sampling.max_pixels:
                         raise ValueError("a picture is too large")
-                    picture = np.asarray(image.convert("RGB"))
-                    (out / name).write_bytes(jpeg)
+                    dear = image.width * image.height > LARGEST_FRAME or "progressive" in image.info
+                    picture = _middle(np.asarray(image.convert("RGB")))
+                    (out / name).write_bytes(_jpeg(picture, sampling.short_side / min(picture.shape[:2])) if dear else jpeg)
                     if slot == count // 2:
                         (out / thumbnail).write_bytes(_jpeg(picture, sampling.thumbnail_width / picture.shape[1]))
                 segments.append(DecodedSegment(start, end, names, thumbnail))
         if not segments:
             raise ValueError("no segments")
-    except (zipfile.BadZipFile, UnidentifiedImageError, KeyError, TypeError, ValueError) as error:
+    except (zipfile.BadZipFile, UnidentifiedImageError, Image.DecompressionBombError, KeyError, TypeError, ValueError) as error:
         raise DecodeError("frames_damaged", f"The cached frames are damaged: {error}") from error
     return DecodedVideo(facts, tuple(segments))
 
@@ -205,7 +208,7 @@ def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sam
         for slot, name in enumerate(names):
             index = chosen[number * per + slot]
             if index != last:
-                picture, last = next(pictures), index
+                picture, last = _middle(next(pictures)), index
                 jpeg = _jpeg(picture, sampling.short_side / min(picture.shape[:2]))
             (out / name).write_bytes(jpeg)
             if slot == per // 2:
@@ -213,6 +216,14 @@ def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sam
         segments.append(DecodedSegment(bounds[number], bounds[number + 1], names, thumbnail))
     decoder = "decord" if attempt is _by_decord else "pyav"
     return DecodedVideo(replace(survey.facts, decoder=decoder), tuple(segments))
+
+
+def _middle(picture: Picture) -> Picture:
+    """All of an ordinary picture; the middle of one that is longer than `ASPECT` times its short side."""
+    height, width = picture.shape[:2]
+    longest = ASPECT * min(height, width)
+    top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
+    return np.ascontiguousarray(picture[top : height - top, left : width - left])
 
 
 def _jpeg(picture: Picture, scale: float) -> bytes:

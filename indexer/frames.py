@@ -18,10 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone import to_pixels
-from indexer.decode import DecodedVideo
+from indexer.decode import LARGEST_FRAME, DecodedVideo
 
 # a byte that changed may name another compression, a password or a place beyond the end
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    Image.DecompressionBombError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class DamagedFrames(ValueError):
@@ -74,10 +84,16 @@ class FrameArchive:
     def pixels(self, names: tuple[str, ...], size: int) -> NDArray[np.uint8]:
         """(len(names), 3, size, size) uint8 RGB: the backbone's input. Raises DamagedFrames."""
         try:
-            pictures = (Image.open(io.BytesIO(self._zip.read(name)), formats=("JPEG",)) for name in names)
-            return np.stack([to_pixels(picture, size) for picture in pictures])
+            return np.stack([to_pixels(self._picture(name), size) for name in names])
         except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
+
+    def _picture(self, name: str) -> Image.Image:
+        """Not decoded yet. Raises ValueError where it is larger than any frame that the decoder caches."""
+        picture = Image.open(io.BytesIO(self._zip.read(name)), formats=("JPEG",))
+        if picture.width * picture.height > LARGEST_FRAME:
+            raise ValueError(f"{name} has {picture.width} × {picture.height} pixels")
+        return picture
 
     def between(self, start: float | None, end: float | None, count: int) -> tuple[str, ...]:
         """`count` frame names spread uniformly over the segments that meet [start, end] seconds (None: open)."""

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="CPU threads of one forward pass; default: torch's choice.")
 
     segment_seconds: float = Field(30.0, gt=0, description="Videos longer than this are cut into equal segments, in seconds.")
-    cached_short_side: int = Field(256, ge=16, description="Short side of the cached frames, in pixels.")
+    cached_short_side: int = Field(256, ge=16, le=1024, description="Short side of the cached frames, in pixels, 16 to 1024.")
     max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")
     max_archive_bytes: int = Field(65536 * MiB, ge=1, description="Largest archive that is imported over HTTP, in bytes.")
     max_video_seconds: float = Field(4 * 3600, gt=0, description="Longest video, in seconds.")

@@ -65,6 +65,23 @@ def test_to_pixels_is_open_clips_own_transform(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(to_pixels(picture, 64), expected)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_to_pixels_of_an_extreme_picture_resizes_no_more_than_its_middle(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized whole, a picture of 16384 x 2 pixels would be 1,835,008 pixels wide."""
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest, **more: sizes.append(size) or resize(self, size, *rest, **more)
+    )
+    picture = np.zeros((2, 16384, 3), np.uint8)
+    picture[:, 8188:8196] = (0, 200, 0)  # around the middle
+    pixels = to_pixels(Image.fromarray(picture.swapaxes(0, 1) if turned else picture), 224)
+    assert sizes and max(max(size) for size in sizes) <= 16 * 224
+    assert pixels.shape == (3, 224, 224)
+    np.testing.assert_array_equal(pixels.max(axis=(1, 2)), [0, 200, 0])
+    assert pixels[1].min() == 200
+
+
 def test_weights_from_a_local_checkpoint_give_the_same_vectors(tmp_path: Path) -> None:
     """The path that OpenAI's weights take: `--pretrained FILE`."""
     torch.manual_seed(3)

@@ -152,6 +152,16 @@ def test_large_pictures_are_scaled_down_and_small_ones_never_up(tmp_path: Path, 
         assert frame.size == thumbnail.size == (160, 120)
 
 
+@pytest.mark.parametrize("size", [(4096, 2), (2, 4096), (2048, 400)])
+def test_of_an_extreme_picture_only_the_middle_is_cached(tmp_path: Path, out: Path, size: tuple[int, int]) -> None:
+    path = write_video(tmp_path / "a.mkv", codec="ffv1", pixels="yuv444p", size=size, times=[0, 0.04])
+    video = decode(path, out)
+    assert (video.facts.width, video.facts.height) == size
+    for name in (video.segments[0].frame_files[0], video.segments[0].thumbnail_file):
+        with Image.open(out / name) as image:
+            assert max(image.size) <= 4 * min(image.size) + 4
+
+
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9")])
 def test_of_a_truncated_file_the_real_end_counts_and_not_the_header(tmp_path: Path, out: Path, name: str, codec: str) -> None:
     options = {"movflags": "faststart"} if name == "a.mp4" else {}

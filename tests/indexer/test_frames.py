@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
+from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts, reopen
 from indexer.frames import DamagedFrames, FrameArchive, pack_frames
 
 FACTS = MediaFacts(duration=60.0, width=80, height=60, fps=10.0, codec="h264", frames=600, container="mp4", decoder="decord")
@@ -54,3 +54,31 @@ def test_damaged_archives_are_told(tmp_path: Path) -> None:
     with pytest.raises(DamagedFrames):
         archive = FrameArchive(bytes(flipped))
         archive.pixels(archive.between(None, None, 24), 32)
+
+
+def test_a_picture_larger_than_any_cached_frame_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    decoded = video(tmp_path, segments=1, frames=1)
+    for size in [(4097, 1024), (30_000, 30_000)]:  # the second is what Pillow calls a decompression bomb
+        data = (tmp_path / "000-00.jpg").read_bytes()
+        at = data.index(b"\xff\xc0") + 5
+        height, width = size[1].to_bytes(2, "big"), size[0].to_bytes(2, "big")
+        (tmp_path / "000-00.jpg").write_bytes(data[:at] + height + width + data[at + 4 :])
+        archive = FrameArchive(pack_frames(decoded, tmp_path))
+        with pytest.raises(DamagedFrames):
+            archive.pixels(archive.segments[0].frames, 32)
+
+
+def test_imported_frames_that_would_be_dear_are_written_anew_and_others_kept(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    decoded = video(source, segments=1, frames=3)
+    Image.new("RGB", (3000, 2000), (0, 90, 0)).save(source / "000-01.jpg")
+    Image.new("RGB", (80, 60), (0, 90, 0)).save(source / "000-02.jpg", progressive=True)
+    archive = tmp_path / "frames.zip"
+    archive.write_bytes(pack_frames(decoded, source))
+    again = reopen(archive, out, FACTS)
+    assert (out / "000-00.jpg").read_bytes() == (source / "000-00.jpg").read_bytes()
+    with Image.open(out / "000-01.jpg") as large, Image.open(out / "000-02.jpg") as scans:
+        assert large.size == (384, 256) and scans.size == (80, 60) and "progressive" not in scans.info
+    assert FrameArchive(pack_frames(again, out)).pixels(again.segments[0].frame_files, 32).shape == (3, 3, 32, 32)
