@@ -34,6 +34,7 @@ Picture = NDArray[np.uint8]  # (height, width, 3) RGB, as shown
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,ivf,mxf,dv,rm,wtv,nut"
 # decord can be given no such list, so it only sees files whose first bytes leave no doubt what they are.
 DECORD_HEADS = re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL)
+LONGEST_GAP = 60.0  # seconds from one frame to the next, or ten times the usual: beyond it a stamp is wrong
 LONGEST_SIDE = 16384  # pixels
 ASPECT = 4  # of a cached frame, at most: backbones see its middle square only
 LARGEST_FRAME = ASPECT * 1024 * 1024  # pixels of a cached frame
@@ -63,7 +64,10 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MediaFacts:
-    """What was found in the file. Duration in seconds, sizes as shown (after rotation), fps the true average."""
+    """What was found in the file. Sizes are as shown (after rotation), fps the true average.
+
+    `duration` in seconds is what is shown: a leap of the stamps (`LONGEST_GAP`) counts as one usual frame.
+    """
 
     duration: float
     width: int
@@ -111,7 +115,7 @@ class _Survey:
 
     facts: MediaFacts
     times: NDArray[np.float64]  # (frames,) seconds from the first frame
-    stamps: list[int]  # (frames,) the same in the stream's time base; empty where the container gives none
+    stamps: list[int]  # (frames,) in the stream's time base; empty where there are none, or they do not tell the order
     keys: list[tuple[int, int]]  # the key frames: (stamp shown at, stamp to seek to)
     decord: bool  # worth trying
 
@@ -146,7 +150,8 @@ def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decord: bo
             for file in out.iterdir():
                 file.unlink()
     with _open(path, sampling) as (container, stream):
-        times = [time for time, _ in _through(container, stream)]
+        found = np.array([time for time, _ in _through(container, stream)])
+    times = _without_leaps(found, found)
     survey = replace(survey, facts=_with_times(survey.facts, times), times=_shown(times))
     _check_length(survey.facts, sampling)
     return _write(survey, _by_decoding_through, path, out, sampling)
@@ -263,8 +268,9 @@ def _survey(path: Path, sampling: Sampling) -> _Survey:
     if path.stat().st_size == 0:
         raise DecodeError("empty_file", "The file is empty.")
     with _open(path, sampling) as (container, stream):
-        times: list[float] = []
         stamps: list[int] = []
+        order: list[int] = []  # stamps of decoding
+        lengths: list[int] = []
         keys: list[tuple[int, int]] = []
         base = float(stream.time_base or 0)
         # AVI stamps tell the order in the file: where frames are shown in another order, decord gives wrong ones
@@ -280,13 +286,16 @@ def _survey(path: Path, sampling: Sampling) -> _Survey:
                 usable = False
                 stamp = packet.dts or 0
             stamps.append(stamp)
-            times += [stamp * base, (stamp + (packet.duration or 0)) * base]
+            order.append(stamp if packet.dts is None else packet.dts)
+            lengths.append(packet.duration or 0)
             if packet.is_keyframe:
                 keys.append((stamp, stamp if packet.dts is None else packet.dts))
         name = stream.codec_context.codec.canonical_name
         facts = MediaFacts(0.0, 0, 0, 0.0, name, len(stamps), container.format.name, "pyav")
+    found = np.array(stamps) * base
+    times = _without_leaps(found, np.array(order) * base)
     if usable and stamps:
-        facts = _with_times(facts, sorted(times[::2]), max(times[1::2]) - min(times))
+        facts = _with_times(facts, times, lengths[int(np.argmax(times))] * base)
         _check_length(facts, sampling)
     with _open(path, sampling) as (container, stream):
         first = next((picture for _, picture in _through(container, stream)), None)
@@ -297,21 +306,44 @@ def _survey(path: Path, sampling: Sampling) -> _Survey:
     facts = replace(facts, width=width, height=height)
     with path.open("rb") as file:
         known = DECORD_HEADS.match(file.read(16)) is not None
-    seekable = usable and bool(keys)
-    return _Survey(facts, _shown(times[::2]), sorted(stamps) if seekable else [], sorted(keys), usable and clean and known)
+    same_order = bool(np.array_equal(np.argsort(found, kind="stable"), np.argsort(times, kind="stable")))
+    usual_stamps = usable and clean and bool(np.array_equal(found, times))
+    in_order = sorted(stamps) if usable and keys and same_order else []
+    return _Survey(facts, _shown(times), in_order, sorted(keys), usual_stamps and known)
 
 
-def _with_times(facts: MediaFacts, times: list[float], end: float = 0.0) -> MediaFacts:
-    """`facts` with these frame times, in seconds; a last frame without a duration of its own lasts as the others do."""
-    span = max(times) - min(times)
-    usual = float(np.median(np.diff(np.sort(times)))) if len(times) > 1 else 0.0
-    duration = end if end > span else span + (usual or 0.04)
+def _usual_gap(times: NDArray[np.float64]) -> float:
+    """Seconds from a frame to the next, mostly; 0.04 where that cannot be told."""
+    gaps = np.diff(np.sort(times))
+    return float(np.median(gaps[gaps > 0])) if gaps.any() else 0.04
+
+
+def _without_leaps(times: NDArray[np.float64], order: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(frames,) `times` (seconds, in the file's order), with each leap of the stamps made one usual gap.
+
+    A leap is seen in the stamps of decoding (`order`): forth, or back where a recording starts again; or it is the time
+    of a frame alone, which leaves a gap in the order of showing.
+    """
+    usual = _usual_gap(times)
+    longest, back = max(LONGEST_GAP, 10 * usual), max(1.0, 32 * usual)  # frames are decoded up to 16 places before or after
+    steps = np.diff(order, prepend=order[:1])
+    times = times + np.cumsum(np.where((steps > longest) | (steps < -back), usual - steps, 0.0))
+    shown = np.argsort(times, kind="stable")
+    gaps = np.diff(times[shown], prepend=times[shown[:1]])
+    times[shown] -= np.cumsum(np.where(gaps > longest, gaps - usual, 0.0))
+    return times
+
+
+def _with_times(facts: MediaFacts, times: NDArray[np.float64], last: float = 0.0) -> MediaFacts:
+    """`facts` with these frame times; a last frame of no sane length (`last`) of its own is shown as long as the others."""
+    usual = _usual_gap(times)
+    duration = float(np.ptp(times)) + (last if 0 < last <= max(LONGEST_GAP, 10 * usual) else usual)
     return replace(facts, duration=duration, frames=len(times), fps=len(times) / duration)
 
 
-def _shown(times: list[float]) -> NDArray[np.float64]:
+def _shown(times: NDArray[np.float64]) -> NDArray[np.float64]:
     """Frames come out in the order they are shown, even where their stamps do not."""
-    ordered = np.sort(np.asarray(times, np.float64))
+    ordered = np.sort(times)
     return ordered - ordered[:1]
 
 

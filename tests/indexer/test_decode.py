@@ -1,6 +1,7 @@
 """Real files of every kind go in; what comes out is checked by the time that the pictures themselves show."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,61 @@ def test_a_variable_frame_rate_is_sampled_by_time_and_not_by_number(tmp_path: Pa
     video = decode(write_video(tmp_path / "a.mp4", times=times), out, decord=decord)
     expected = [max(time for time in times if time <= centre) for centre in centres(video.segments[0])]
     assert np.abs(shown(video.segments[0], out) - expected).max() < 0.1
+
+
+def leaping(path: Path, leap: Callable[[float], float]) -> Path:
+    """The packets of `path` (Matroska), each stamp moved by `leap(seconds)` seconds."""
+    moved = path.with_name(f"leaping-{path.name}")
+    with av.open(str(path)) as source, av.open(str(moved), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts += round(leap(float(packet.pts * stream.time_base)) / stream.time_base)
+                packet.stream = copy
+                target.mux(packet)
+    return moved
+
+
+LEAPS: dict[str, Callable[[float], float]] = {
+    "one in the middle": lambda at: 4320.0 * (1.98 < at < 2.02),
+    "the last stamp": lambda at: 4320.0 * (at > 3.95),
+    "twenty hours from the middle on": lambda at: 72_000.0 * (at >= 2),
+    "ten minutes, twice": lambda at: 600.0 * ((at >= 1) + (at >= 3)),
+    "the first stamp": lambda at: 5000.0 * (at >= 0.04),
+}
+
+
+@pytest.mark.parametrize("leap", LEAPS.values(), ids=LEAPS)
+@pytest.mark.parametrize("decord", [True, False])
+def test_stamps_that_leap_make_a_clip_no_longer_than_what_is_shown(
+    tmp_path: Path, out: Path, leap: Callable[[float], float], decord: bool
+) -> None:
+    sane = write_video(tmp_path / "a.mkv", codec="mpeg4", seconds=4)
+    assert probe(sane).duration == pytest.approx(4.0)
+    path = leaping(sane, leap)
+    video = decode(path, out, decord=decord)
+    assert (video.facts.duration, video.facts.frames) == (pytest.approx(4.0, abs=0.05), 100)
+    assert probe(path).duration == video.facts.duration
+    [segment] = video.segments
+    assert np.abs(shown(segment, out) - centres(segment)).max() < 0.2
+
+
+def test_a_recording_that_starts_again_is_as_long_as_both_parts(tmp_path: Path, out: Path) -> None:
+    parts = [
+        write_video(tmp_path / f"{n}.ts", times=np.arange(50) / 25, picture=lambda at, size, n=n: clock(at + 2 * n, size))
+        for n in range(2)
+    ]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    video = decode(path, out)
+    assert video.facts.duration == pytest.approx(4.0, abs=0.2)
+    assert np.abs(shown(video.segments[0], out) - centres(video.segments[0])).max() < 0.25
+
+
+def test_pauses_that_a_screen_recording_has_are_kept(tmp_path: Path, out: Path) -> None:
+    assert probe(write_video(tmp_path / "a.mkv", times=[0, 0.04, 10, 10.04, 30, 55.5])).duration == pytest.approx(55.5, abs=0.1)
+    assert probe(write_video(tmp_path / "b.mkv", times=[0, 600, 1200, 1800], picture=corner)).duration > 1800
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
