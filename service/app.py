@@ -44,7 +44,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app = FastAPI(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
     app.state.metrics = Metrics()
     app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
-    app.add_middleware(Observe, metrics=app.state.metrics)
+    app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
     errors.install(app)
     for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)

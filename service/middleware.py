@@ -11,11 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.records import new_id
 
-BODY_BYTES = 8 * 1024 * 1024  # of a body that is not multipart; uploads have their own limit
-
 
 class BodyTooLarge(HTTPException):  # FastAPI calls every other exception out of a body's stream a syntax error
-    """A body that is not an upload is over the limit."""
+    """A body is over the limit of its route."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(413, detail)
@@ -34,27 +32,40 @@ class Metrics:
         self.seconds = Histogram("polyclip_request_seconds", "Time to answer.", ("route",), registry=self.registry)
 
 
-class Observe:
-    """ASGI middleware: `X-Request-Id` on every answer, metrics by route, BodyTooLarge while a too large body is read."""
+def content_length(headers: Headers) -> int:
+    """What the client says; 0 where it says nothing, or no number."""
+    told = headers.get("content-length", "")
+    return int(told) if len(told) < 20 and told.isascii() and told.isdigit() else 0
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+
+class Observe:
+    """ASGI middleware: `X-Request-Id` on every answer, metrics by route, BodyTooLarge while a too large body is read.
+
+    The limit is `body_bytes` in the request's state. A route that takes more says so there before it reads.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, body_bytes: int) -> None:
         self._app = app
         self._metrics = metrics
+        self._body_bytes = body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, request_id, status, taken = time.perf_counter(), new_id("req"), 500, 0
-        scope.setdefault("state", {})["request_id"] = request_id
-        limited = not Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")
+        state = scope.setdefault("state", {})
+        state["request_id"], state["body_bytes"] = request_id, self._body_bytes
 
         async def counted() -> Message:
             nonlocal taken
+            limit = state["body_bytes"]
+            if not taken and content_length(Headers(scope=scope)) > limit:
+                raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
             message = await receive()
             taken += len(message.get("body", b""))
-            if limited and taken > BODY_BYTES:
-                raise BodyTooLarge(f"the body is over the limit of {BODY_BYTES} bytes")
+            if taken > limit:
+                raise BodyTooLarge(f"the body is over the limit of {limit} bytes")
             return message
 
         async def labelled(message: Message) -> None:

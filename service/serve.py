@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import socket
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from service.app import create_app
 from service.logs import configure
+from service.protocol import LimitedProtocol, limited
 from service.runtime import Runtime
 from service.settings import Settings
 from service.supervisor import Supervisor
@@ -42,6 +44,8 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     app = create_app(settings, runtime)
     config = uvicorn.Config(
         app,
+        http=limited(settings),
+        ws="none",
         log_level="warning",
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
@@ -61,6 +65,14 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, supervisor: Supervisor | None) -> None:
         super().__init__(config)
         self._app, self._supervisor = app, supervisor
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # every second
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, LimitedProtocol)
+                connection.sweep(now)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:  # asked twice: now; the worker dies with this process

@@ -29,6 +29,15 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one forward pass; default: torch's choice.")
 
+    header_bytes: int = Field(65536, ge=1024, description="Largest headers of one request, in bytes.")
+    url_bytes: int = Field(16384, ge=256, description="Longest URL, in bytes.")
+    body_bytes: int = Field(2 * MiB, ge=1024, description="Largest body that is no upload, in bytes; captions: four times it.")
+    header_seconds: float = Field(15.0, gt=0, description="Time in which the headers of a request must come, in seconds.")
+    body_seconds: float = Field(30.0, gt=0, description="Time that a body may stand still or fall behind 1 KiB/s, in seconds.")
+    connections_per_address: int = Field(
+        256, ge=0, description="Connections open at once from one IPv4 address or IPv6 /64; 0: any number, as behind a proxy."
+    )
+
     segment_seconds: float = Field(30.0, gt=0, description="Videos longer than this are cut into equal segments, in seconds.")
     cached_short_side: int = Field(256, ge=16, le=1024, description="Short side of the cached frames, in pixels, 16 to 1024.")
     max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")

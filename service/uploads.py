@@ -17,6 +17,8 @@ from streaming_form_data import ParseFailedException, StreamingFormDataParser
 from streaming_form_data.targets import BaseTarget, ValueTarget
 from streaming_form_data.validators import MaxSizeValidator, ValidationError
 
+from service.middleware import content_length
+
 FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = 1024
 DEPTH = 32  # of JSON that comes back with every hit
@@ -113,7 +115,8 @@ async def receive(
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidUpload("send multipart/form-data with a part 'file'")
-    if int(request.headers.get("content-length") or 0) > limit + len(fields) * FIELD_BYTES + 65536:
+    request.state.body_bytes = limit + len(fields) * FIELD_BYTES + 65536
+    if content_length(request.headers) > request.state.body_bytes:
         raise FileTooLarge(f"the file is over the limit of {limit} bytes")
     with NamedTemporaryFile(dir=scratch, prefix="upload-", delete=False) as handle:
         path = Path(handle.name)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Request
+from anyio import to_thread
+from fastapi import Depends, Header, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Connection
 
@@ -16,6 +20,8 @@ from service.keys import Caller
 from service.runtime import Runtime
 from service.schemas import Problem
 from service.search import Searcher
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -35,14 +41,48 @@ async def house_of(request: Request) -> House:
 
 _bearer = HTTPBearer(auto_error=False, description="Authorization: Bearer KEY")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
+_factors: dict[Any, int] = {}  # by endpoint: `larger_bodies`
 
 
-def caller(
-    house: Annotated[House, Depends(house_of)],
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+async def caller(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],  # for the documentation
     header: Annotated[str | None, Depends(_header)],
 ) -> Caller:
-    return keys.authenticate(house.runtime.database, bearer.credentials if bearer else header)
+    """Whom `KeyFirst` has let in."""
+    return request.state.caller  # type: ignore[no-any-return]
+
+
+class KeyFirst(APIRoute):
+    """Checks the key before a byte of the body is read: FastAPI reads bodies before it asks what a route depends on."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle, keyed, factor = super().get_route_handler(), _needs_caller(self.dependant), _factors.get(self.endpoint, 1)
+
+        async def checked(request: Request) -> Response:
+            if keyed:
+                bearer = await _bearer(request)
+                key = bearer.credentials if bearer else await _header(request)
+                database = request.app.state.house.runtime.database
+                request.state.caller = await to_thread.run_sync(keys.authenticate, database, key)
+            request.state.body_bytes *= factor
+            return await handle(request)
+
+        return checked
+
+
+def larger_bodies(factor: int) -> Callable[[Endpoint], Endpoint]:
+    """For a route whose bodies may be so many times as large as the limit of others."""
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        _factors[endpoint] = factor
+        return endpoint
+
+    return mark
+
+
+def _needs_caller(dependant: Dependant) -> bool:
+    return dependant.call is caller or any(_needs_caller(each) for each in dependant.dependencies)
 
 
 def _tenant(role: str) -> Any:

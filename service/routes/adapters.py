@@ -13,11 +13,11 @@ from service import catalog, cleanup, idempotency, learning, paging, uploads
 from service.blobs import adapter_key
 from service.catalog import AdapterVersion, Collection, Task, Tenant
 from service.records import now
-from service.routes.access import PROBLEMS, CanAdmin, CanSearch, House, IdempotencyKey, InHouse, collection_of
+from service.routes.access import PROBLEMS, CanAdmin, CanSearch, House, IdempotencyKey, InHouse, KeyFirst, collection_of
 from service.routes.collections import listing
 from service.schemas import ActivateRequest, EvaluateRequest, TrainRequest
 
-router = APIRouter(tags=["adapters"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, tags=["adapters"], responses=PROBLEMS)
 
 
 @router.post("/admin/collections/{name}/adapters", status_code=202)

@@ -11,10 +11,10 @@ from sqlalchemy import Connection
 from service import catalog, cleanup, keys
 from service.catalog import ApiKey, NotFound, Tenant
 from service.keys import Caller
-from service.routes.access import PROBLEMS, Anyone, InHouse
+from service.routes.access import PROBLEMS, Anyone, InHouse, KeyFirst
 from service.schemas import NewKey, NewTenant
 
-router = APIRouter(prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
 
 
 @router.post("", status_code=201)

@@ -12,10 +12,10 @@ from service import catalog, exports, idempotency, imports, uploads
 from service.blobs import archive_key
 from service.middleware import BodyTooLarge
 from service.records import new_id
-from service.routes.access import PROBLEMS, CanAdmin, House, IdempotencyKey, InHouse
+from service.routes.access import PROBLEMS, CanAdmin, House, IdempotencyKey, InHouse, KeyFirst
 from service.uploads import FileTooLarge, Upload
 
-router = APIRouter(prefix="/admin/collections", tags=["archives"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, prefix="/admin/collections", tags=["archives"], responses=PROBLEMS)
 FILE = {"file": {"type": "string", "format": "binary", "description": "an archive that an export gave"}}
 _BODY = {
     "requestBody": {

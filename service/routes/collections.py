@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 
 from service import catalog, cleanup, idempotency, paging
 from service.catalog import Collection, Tenant
-from service.routes.access import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InHouse, collection_of
+from service.routes.access import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InHouse, KeyFirst, collection_of
 from service.schemas import ChangedCollection, NewCollection, settings_json
 
-router = APIRouter(prefix="/collections", tags=["collections"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, prefix="/collections", tags=["collections"], responses=PROBLEMS)
 PageLimit = Annotated[int, Query(ge=1, le=50)]
 
 

@@ -12,9 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import HTMLResponse, JSONResponse
 
 from service import catalog
-from service.routes.access import InHouse
+from service.routes.access import InHouse, KeyFirst
 
-router = APIRouter(tags=["health"])
+router = APIRouter(route_class=KeyFirst, tags=["health"])
 WORKER_SECONDS = 30.0
 
 

@@ -10,9 +10,9 @@ from starlette.responses import Response, StreamingResponse
 from service import catalog, keys
 from service.blobs import BlobMissing, Blobs, thumbnail_key, video_key
 from service.catalog import NotFound
-from service.routes.access import InHouse
+from service.routes.access import InHouse, KeyFirst
 
-router = APIRouter(tags=["media"])
+router = APIRouter(route_class=KeyFirst, tags=["media"])
 TYPES = {"matroska": "video/webm", "webm": "video/webm", "avi": "video/x-msvideo", "mpegts": "video/mp2t", "mpeg": "video/mpeg"}
 
 

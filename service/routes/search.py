@@ -12,12 +12,12 @@ from starlette.requests import ClientDisconnect
 
 from service import filters, paging
 from service.keys import sign
-from service.routes.access import PROBLEMS, CanSearch, House, InHouse
+from service.routes.access import PROBLEMS, CanSearch, House, InHouse, KeyFirst
 from service.schemas import HitOut, PageInfo, SearchAnswer, SearchPool, SearchRequest, Warning
 from service.search import Found
 
 Done = TypeVar("Done")
-router = APIRouter(tags=["search"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
 
 
 @router.post("/search")

@@ -15,11 +15,11 @@ from starlette.responses import StreamingResponse
 
 from service import catalog, paging
 from service.catalog import OPEN, NotFound, Task
-from service.routes.access import PROBLEMS, CanWrite, House, InHouse, collection_of
+from service.routes.access import PROBLEMS, CanWrite, House, InHouse, KeyFirst, collection_of
 from service.routes.collections import listing
 from service.work import CANCELLED
 
-router = APIRouter(prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
 POLL_SECONDS = 0.5

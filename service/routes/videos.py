@@ -13,13 +13,23 @@ from service import catalog, cleanup, idempotency, ingest, paging, uploads
 from service.blobs import video_key
 from service.catalog import Caption, Task, Tenant, Video
 from service.records import new_id
-from service.routes.access import PROBLEMS, CanSearch, CanWrite, House, IdempotencyKey, InHouse, collection_of
+from service.routes.access import (
+    PROBLEMS,
+    CanSearch,
+    CanWrite,
+    House,
+    IdempotencyKey,
+    InHouse,
+    KeyFirst,
+    collection_of,
+    larger_bodies,
+)
 from service.routes.collections import listing
 from service.routes.search import media_urls
 from service.schemas import CaptionIn, Captions
 from service.uploads import InvalidUpload, Upload
 
-router = APIRouter(prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
+router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
 PageLimit = Annotated[int, Query(ge=1, le=50)]
 Status = Literal["pending", "validating", "queued", "indexing", "ready", "failed"]
 _captions = TypeAdapter(list[str | CaptionIn])
@@ -100,6 +110,7 @@ def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Respon
 
 
 @router.put("/{video_id}/captions")
+@larger_bodies(4)
 def put_captions(
     name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, house: InHouse
 ) -> dict[str, Any]:
