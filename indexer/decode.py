@@ -28,7 +28,12 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-Picture = NDArray[np.uint8]  # (height, width, 3) RGB, as shown
+from indexer.color import HLG, PQ, to_sdr
+
+Picture = NDArray[np.uint8]  # (height, width, 3) RGB, upright; its pixels may not be square
+Pixel = tuple[float, float]  # how wide and how high a pixel of a Picture is shown
+SQUARE = (1.0, 1.0)
+UPRIGHT = (False, False, False)
 
 # Containers that hold their own frames. Playlists (hls, concat, dash) are left out: they name other files to read.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,ivf,mxf,dv,rm,wtv,nut"
@@ -36,6 +41,7 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h
 DECORD_HEADS = re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL)
 LONGEST_GAP = 60.0  # seconds from one frame to the next, or ten times the usual: beyond it a stamp is wrong
 LONGEST_SIDE = 16384  # pixels
+LONGEST_PIXEL = 10  # times its other side; the shape of a longer one is garbage and left alone
 ASPECT = 4  # of a cached frame, at most: backbones see its middle square only
 LARGEST_FRAME = ASPECT * 1024 * 1024  # pixels of a cached frame
 FRAME_NAME = re.compile(r"\d{3,6}-(\d{2,4}|thumb)\.jpg")
@@ -64,7 +70,7 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MediaFacts:
-    """What was found in the file. Sizes are as shown (after rotation), fps the true average.
+    """What was found in the file. Sizes are as shown (turned, with square pixels), fps the true average.
 
     `duration` in seconds is what is shown: a leap of the stamps (`LONGEST_GAP`) counts as one usual frame.
     """
@@ -117,6 +123,8 @@ class _Survey:
     times: NDArray[np.float64]  # (frames,) seconds from the first frame
     stamps: list[int]  # (frames,) in the stream's time base; empty where there are none, or they do not tell the order
     keys: list[tuple[int, int]]  # the key frames: (stamp shown at, stamp to seek to)
+    pixel: Pixel
+    shape: tuple[int, ...]  # of the pictures
     decord: bool  # worth trying
 
 
@@ -179,10 +187,10 @@ def reopen(path: Path, out: Path, facts: MediaFacts, sampling: Sampling = Sampli
                     if image.width * image.height > sampling.max_pixels:
                         raise ValueError("a picture is too large")
                     dear = image.width * image.height > LARGEST_FRAME or "progressive" in image.info
-                    picture = _middle(np.asarray(image.convert("RGB")))
-                    (out / name).write_bytes(_jpeg(picture, sampling.short_side / min(picture.shape[:2])) if dear else jpeg)
+                    picture = _middle(np.asarray(image.convert("RGB")), SQUARE)
+                    (out / name).write_bytes(_jpeg(picture, SQUARE, short=sampling.short_side) if dear else jpeg)
                     if slot == count // 2:
-                        (out / thumbnail).write_bytes(_jpeg(picture, sampling.thumbnail_width / picture.shape[1]))
+                        (out / thumbnail).write_bytes(_jpeg(picture, SQUARE, width=sampling.thumbnail_width))
                 segments.append(DecodedSegment(start, end, names, thumbnail))
         if not segments:
             raise ValueError("no segments")
@@ -213,28 +221,31 @@ def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sam
         for slot, name in enumerate(names):
             index = chosen[number * per + slot]
             if index != last:
-                picture, last = _middle(next(pictures)), index
-                jpeg = _jpeg(picture, sampling.short_side / min(picture.shape[:2]))
+                picture, last = _middle(next(pictures), survey.pixel), index
+                jpeg = _jpeg(picture, survey.pixel, short=sampling.short_side)
             (out / name).write_bytes(jpeg)
             if slot == per // 2:
-                (out / thumbnail).write_bytes(_jpeg(picture, sampling.thumbnail_width / picture.shape[1]))
+                (out / thumbnail).write_bytes(_jpeg(picture, survey.pixel, width=sampling.thumbnail_width))
         segments.append(DecodedSegment(bounds[number], bounds[number + 1], names, thumbnail))
     decoder = "decord" if attempt is _by_decord else "pyav"
     return DecodedVideo(replace(survey.facts, decoder=decoder), tuple(segments))
 
 
-def _middle(picture: Picture) -> Picture:
+def _middle(picture: Picture, pixel: Pixel) -> Picture:
     """All of an ordinary picture; the middle of one that is longer than `ASPECT` times its short side."""
     height, width = picture.shape[:2]
-    longest = ASPECT * min(height, width)
-    top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
+    longest = ASPECT * min(height * pixel[1], width * pixel[0])
+    left, top = (max(0, int(side - longest / part) // 2) for side, part in zip((width, height), pixel, strict=True))
     return np.ascontiguousarray(picture[top : height - top, left : width - left])
 
 
-def _jpeg(picture: Picture, scale: float) -> bytes:
+def _jpeg(picture: Picture, pixel: Pixel, *, short: int = 0, width: int = 0) -> bytes:
+    """With square pixels, made smaller until its short side is `short` or its width is `width`."""
     image = Image.fromarray(picture)
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    across, down = image.width * pixel[0], image.height * pixel[1]
+    scale = min(1.0, short / min(across, down) if short else width / across)
+    size = (max(1, round(across * scale)), max(1, round(down * scale)))
+    if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=92)
@@ -301,7 +312,10 @@ def _survey(path: Path, sampling: Sampling) -> _Survey:
         first = next((picture for _, picture in _through(container, stream)), None)
         if first is None:
             raise DecodeError("no_frames", "The file opens as a video, but not one frame can be decoded.")
-        height, width = _rgb(first).shape[:2]
+        shape, pixel = _rgb(first, sampling).shape, _pixel(stream, first)
+        plain = first.side_data.get("DISPLAYMATRIX") is None and first.color_trc not in (PQ, HLG)
+    width, height = (first.height, first.width) if _orientation(first)[0] else (first.width, first.height)
+    width, height = max(1, round(width * pixel[0])), max(1, round(height * pixel[1]))
     _check_size(width, height, sampling)
     facts = replace(facts, width=width, height=height)
     with path.open("rb") as file:
@@ -309,7 +323,7 @@ def _survey(path: Path, sampling: Sampling) -> _Survey:
     same_order = bool(np.array_equal(np.argsort(found, kind="stable"), np.argsort(times, kind="stable")))
     usual_stamps = usable and clean and bool(np.array_equal(found, times))
     in_order = sorted(stamps) if usable and keys and same_order else []
-    return _Survey(facts, _shown(times), in_order, sorted(keys), usual_stamps and known)
+    return _Survey(facts, _shown(times), in_order, sorted(keys), pixel, shape, usual_stamps and known and plain)
 
 
 def _usual_gap(times: NDArray[np.float64]) -> float:
@@ -365,14 +379,13 @@ def _by_decord(path: Path, survey: _Survey, wanted: list[int], sampling: Samplin
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    shape = (survey.facts.height, survey.facts.width, 3)
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != survey.facts.frames:
             raise _Damaged
         for index in wanted:
             picture: Picture = reader[index].asnumpy()
-            if picture.shape != shape:
+            if picture.shape != survey.shape:
                 raise _Damaged
             yield picture
     except (decord.DECORDError, decord.DECORDLimitReachedError, AssertionError, RuntimeError, StopIteration) as error:
@@ -396,7 +409,7 @@ def _by_seeking(path: Path, survey: _Survey, wanted: list[int], sampling: Sampli
             if frame is None or frame.pts != target:
                 raise _Damaged
             at = target
-            yield _rgb(frame)
+            yield _rgb(frame, sampling)
 
 
 def _by_decoding_through(path: Path, survey: _Survey, wanted: list[int], sampling: Sampling) -> Iterator[Picture]:
@@ -404,7 +417,7 @@ def _by_decoding_through(path: Path, survey: _Survey, wanted: list[int], samplin
         left = set(wanted)
         for index, (_, frame) in enumerate(_through(container, stream)):
             if index in left:
-                yield _rgb(frame)
+                yield _rgb(frame, sampling)
 
 
 def _through(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
@@ -440,8 +453,40 @@ def _decoded(container: Any, stream: Any, *, strict: bool) -> Iterator[Any]:
         yield from frames
 
 
-def _rgb(frame: Any) -> Picture:
-    """(height, width, 3), turned upright. A rotation that is no quarter turn is garbage and left alone."""
-    picture: Picture = frame.to_ndarray(format="rgb24")
-    turns, rest = divmod(frame.rotation, 90)
-    return picture if rest else np.ascontiguousarray(np.rot90(picture, turns % 4))
+def _rgb(frame: Any, sampling: Sampling) -> Picture:
+    """(height, width, 3), turned upright. An HDR picture is made smaller where that loses nothing: its colours cost much."""
+    if frame.color_trc in (PQ, HLG):
+        scale = min(1.0, 2 * sampling.short_side / min(frame.width, frame.height))
+        width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+        matrix = None if frame.colorspace not in (0, 2) else "BT2020"  # 0, 2: not told
+        wide = frame.reformat(width, height, "rgb48le", src_colorspace=matrix, interpolation="AREA")
+        picture = to_sdr(wide.to_ndarray(), frame.color_trc)
+    else:
+        picture = frame.to_ndarray(format="rgb24")
+    transposed, mirrored, upside_down = _orientation(frame)
+    picture = picture.transpose(1, 0, 2) if transposed else picture
+    return np.ascontiguousarray(picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """What turns the stored picture upright: rows become columns, then left and right change, then above and below.
+
+    A display matrix ((a, b), (c, d)) shows what is stored at (x, y) at (a x + c y, b x + d y). One that does neither keep
+    nor change the axes is garbage and turns nothing.
+    """
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(bytes(stored), np.int32)[:5].tolist()
+    kept, changed = sorted((abs(a), abs(d))), sorted((abs(b), abs(c)))
+    if kept[0] > 50 * changed[1]:
+        return False, a < 0, d < 0
+    return (True, c < 0, b < 0) if changed[0] > 50 * kept[1] else UPRIGHT
+
+
+def _pixel(stream: Any, frame: Any) -> Pixel:
+    """The container's word on the shape of a pixel, where it says something sane."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / LONGEST_PIXEL <= aspect <= LONGEST_PIXEL:
+        return SQUARE
+    return (1.0, aspect) if _orientation(frame)[0] else (aspect, 1.0)

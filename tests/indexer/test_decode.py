@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -111,6 +112,73 @@ def test_a_rotated_video_comes_out_as_it_is_shown(
         picture = np.asarray(image).astype(int)
     assert picture[5, 5, 0] > 230 > 30 > picture[5, 5, 1]
     assert np.abs(picture[-5, -5] - 128).max() < 10
+
+
+FULL = 1 << 16
+MATRICES = {  # (a, b, c, d), and how the stored picture is turned into the one that is shown
+    "mirrored": ((-FULL, 0, 0, FULL), lambda stored: stored[:, ::-1]),
+    "upside down": ((FULL, 0, 0, -FULL), lambda stored: stored[::-1]),
+    "half a turn": ((-FULL, 0, 0, -FULL), lambda stored: stored[::-1, ::-1]),
+    "rows are columns": ((0, FULL, FULL, 0), lambda stored: stored.transpose(1, 0, 2)),
+    "a quarter turn and mirrored": ((0, -FULL, -FULL, 0), lambda stored: stored[::-1, ::-1].transpose(1, 0, 2)),
+    "a quarter turn": ((0, FULL, -FULL, 0), lambda stored: np.rot90(stored, -1)),
+}
+
+
+@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize(("matrix", "show"), MATRICES.values(), ids=MATRICES)
+def test_a_display_matrix_is_applied_mirror_and_all(
+    tmp_path: Path, out: Path, matrix: tuple[int, ...], show: Callable[[np.ndarray], np.ndarray], decord: bool
+) -> None:
+    a, b, c, d = matrix
+    path = write_video(tmp_path / "a.mp4", picture=corner, seconds=0.4, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
+    video = decode(path, out, decord=decord)
+    expected = show(corner(0, (160, 120))).astype(int)
+    assert (video.facts.height, video.facts.width) == expected.shape[:2]
+    with Image.open(out / video.segments[0].frame_files[5]) as image:
+        assert np.abs(np.asarray(image).astype(int) - expected).mean() < 5
+
+
+@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize(
+    ("aspect", "rotation", "size", "shown"),
+    [
+        (Fraction(64, 45), 0, (720, 576), (1024, 576)),  # a DVD of a wide film
+        (Fraction(8, 9), 0, (720, 480), (640, 480)),
+        (Fraction(4, 3), -90, (144, 108), (108, 192)),
+        (Fraction(1, 400), 0, (160, 120), (160, 120)),  # garbage
+    ],
+)
+def test_pixels_that_are_not_square_are_shown_in_their_shape(
+    tmp_path: Path, out: Path, aspect: Fraction, rotation: int, size: tuple[int, int], shown: tuple[int, int], decord: bool
+) -> None:
+    path = write_video(tmp_path / "a.mp4", size=size, times=[0, 0.04], aspect=aspect, rotation=rotation)
+    video = decode(path, out, decord=decord)
+    assert (video.facts.width, video.facts.height) == shown
+    for name in (video.segments[0].frame_files[0], video.segments[0].thumbnail_file):
+        with Image.open(out / name) as image:
+            assert image.width / image.height == pytest.approx(shown[0] / shown[1], rel=0.02)
+
+
+@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize(("transfer", "codes"), [("smpte2084", (0.58, 0.38)), ("arib-std-b67", (0.75, 0.38))])
+def test_hdr_is_shown_as_bright_as_a_standard_screen_would(
+    tmp_path: Path, out: Path, transfer: str, codes: tuple[float, float], decord: bool
+) -> None:
+    """The codes are those of white (203 nits) and of the grey card (26 nits) in BT.2408, table 1."""
+
+    def halves(seconds: float, size: tuple[int, int]) -> np.ndarray:
+        picture = np.full((size[1], size[0], 3), round(255 * codes[0]), np.uint8)
+        picture[:, size[0] // 2 :] = round(255 * codes[1])
+        return picture
+
+    options = {"x264-params": f"colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"}
+    path = write_video(tmp_path / "a.mp4", pixels="yuv420p10le", times=[0, 0.04], picture=halves, options=options)
+    video = decode(path, out, decord=decord)
+    with Image.open(out / video.segments[0].frame_files[0]) as image:
+        picture = np.asarray(image).astype(float)
+    assert picture[:, :70].mean() > 235
+    assert picture[:, 90:].mean() == pytest.approx(100, abs=5)  # sRGB of 26 / 203
 
 
 def test_a_display_matrix_of_garbage_turns_nothing(tmp_path: Path, out: Path) -> None:

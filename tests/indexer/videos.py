@@ -57,10 +57,13 @@ def write_video(
     rotation: int = 0,
     matrix: Sequence[int] | None = None,
     pixels: str = "yuv420p",
+    aspect: Fraction | None = None,
+    options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
     """Writes `picture(seconds, size)` at each of `times` (default: evenly, `fps` a second); the name's ending picks the
-    container. `rotation` (degrees, counter-clockwise) or a whole `matrix` goes into the header, not into the pixels."""
+    container. `rotation` (degrees, counter-clockwise), a whole `matrix` and the `aspect` of a pixel go into the header, not
+    into the pixels."""
     times = [n / fps for n in range(round(seconds * fps))] if times is None else times
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream: Any = container.add_stream(codec, rate=fps)
@@ -72,7 +75,9 @@ def write_video(
             "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
             "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
             "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
-        }.get(codec, {})
+        }.get(codec, {}) | (options or {})
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         if matrix:
