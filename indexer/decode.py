@@ -29,14 +29,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from indexer.color import HLG, PQ, to_sdr
+from indexer.formats import DEMUXERS
 
 Picture = NDArray[np.uint8]  # (height, width, 3) RGB, upright; its pixels may not be square
 Pixel = tuple[float, float]  # how wide and how high a pixel of a Picture is shown
 SQUARE = (1.0, 1.0)
 UPRIGHT = (False, False, False)
 
-# Containers that hold their own frames. Playlists (hls, concat, dash) are left out: they name other files to read.
-FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,ivf,mxf,dv,rm,wtv,nut"
 # decord can be given no such list, so it only sees files whose first bytes leave no doubt what they are.
 DECORD_HEADS = re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3|RIFF....AVI ", re.DOTALL)
 LONGEST_GAP = 60.0  # seconds from one frame to the next, or ten times the usual: beyond it a stamp is wrong
@@ -257,7 +256,7 @@ def _jpeg(picture: Picture, pixel: Pixel, *, short: int = 0, width: int = 0) -> 
 
 @contextmanager
 def _open(path: Path, sampling: Sampling) -> Iterator[tuple[Any, Any]]:
-    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
     try:
         container = av.open(str(path), metadata_errors="ignore", options=options)
     except MemoryError:

@@ -259,6 +259,14 @@ def settings(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def formats() -> None:
+    """The containers that are read, as the table of docs/formats.md."""
+    from indexer.formats import as_markdown
+
+    out.print(as_markdown(), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(data: Data = None, backbone: Backbone = None, pretrained: Pretrained = None, as_json: AsJson = False) -> None:
     """Check what is installed and reachable, and say how to mend what is not."""
     from service.doctor import examine

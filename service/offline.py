@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import adapters_store
 from adapters_store import durable
+from indexer.formats import VIDEO_SUFFIXES
 from service import catalog, files, ingest, learning
 from service.blobs import adapter_key, video_key
 from service.catalog import AdapterVersion, Caption, Collection, NotFound, Task, Tenant, Video
@@ -28,7 +29,6 @@ from service.runtime import Runtime
 from service.search import Found, Searcher
 from service.settings import Settings
 from service.uploads import InvalidUpload
-from training.corpora import VIDEO_SUFFIXES
 from training.source import Source
 
 

@@ -17,10 +17,11 @@ from streaming_form_data import ParseFailedException, StreamingFormDataParser
 from streaming_form_data.targets import BaseTarget, ValueTarget
 from streaming_form_data.validators import MaxSizeValidator, ValidationError
 
+from indexer.formats import HEAD_BYTES, looks_like_video
 from service.middleware import content_length
 
 FIELD_BYTES = 1024 * 1024
-SNIFF_BYTES = 1024
+SNIFF_BYTES = HEAD_BYTES
 DEPTH = 32  # of JSON that comes back with every hit
 
 
@@ -160,24 +161,7 @@ def parse_json(text: str) -> Any:
 
 def check_container(head: bytes) -> None:
     """Raises UnsupportedMedia unless `head`, the first bytes of a file, begins like a video container."""
-    boxes = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx", b"moof", b"uuid")
-    starts = (
-        b"\x1aE\xdf\xa3",  # Matroska, WebM
-        b"RIFF",
-        b"FLV",
-        b"OggS",
-        b"\x30\x26\xb2\x75",  # ASF, WMV
-        b"\x00\x00\x01",  # MPEG program and elementary streams
-        b"\x00\x00\x00\x01",  # H.264 and HEVC elementary streams
-        b".RMF",
-        b"GIF8",
-        b"\x06\x0e\x2b\x34",  # MXF
-        b"DKIF",
-        b"YUV4MPEG2",
-    )
-    transport = head[:1] == b"\x47" and (len(head) <= 188 or head[188:189] == b"\x47")
-    m2ts = head[4:5] == b"\x47" and (len(head) <= 196 or head[196:197] == b"\x47")
-    if not (head[4:8] in boxes or head.startswith(starts) or transport or m2ts):
+    if not looks_like_video(head):
         raise UnsupportedMedia("this file is no video: it does not begin like any video container")
 
 

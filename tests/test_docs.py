@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from indexer.formats import as_markdown
 from service.cli import app
 from service.settings import Settings
 
@@ -21,6 +23,11 @@ def test_every_setting_is_documented_with_its_default() -> None:
         for name, field in Settings.model_fields.items()
     ]
     assert documented == expected
+
+
+def test_every_container_is_documented_as_the_command_prints_it() -> None:
+    printed = CliRunner().invoke(app, ["formats"]).output
+    assert printed == as_markdown() + "\n" and printed in (ROOT / "docs" / "formats.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

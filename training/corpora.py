@@ -23,15 +23,13 @@ from tempfile import TemporaryDirectory
 
 from adapters_store import durable
 from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Sampling
+from indexer.formats import VIDEO_SUFFIXES
 from indexer.frames import pack_frames
 from indexer.sandbox import Sandbox
 from training import published
 from training.dataset import SPLITS
 from training.published import InvalidCorpus, named
 
-VIDEO_SUFFIXES = frozenset(
-    """.3gp .asf .avi .divx .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogg .ogv .ts .vob .webm .wmv""".split()  # noqa: SIM905
-)
 LONGEST_VIDEO = 4 * 3600.0  # seconds
 LONGEST_OF_BEGINNING = 3600.0  # seconds; such a video is sampled densely, and a decoding numbers up to 10,000 frames
 

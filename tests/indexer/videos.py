@@ -69,7 +69,7 @@ def write_video(
         stream: Any = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, pixels
         stream.codec_context.gop_size = gop
-        stream.codec_context.time_base = Fraction(1, fps if codec.startswith("mpeg") else TICKS)
+        stream.codec_context.time_base = Fraction(1, fps if codec.startswith(("mpeg", "rv")) else TICKS)
         stream.options = {
             "libx264": {"preset": "ultrafast", "bf": "2"},
             "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
@@ -99,7 +99,7 @@ def sideways(seconds: float, size: tuple[int, int]) -> Picture:
 def write_sound(path: Path) -> Path:
     """One second of silence and no picture."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
+        stream = container.add_stream("pcm_s16le" if path.suffix == ".wav" else "aac", rate=44100)
         for n in range(43):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             frame.rate, frame.pts = 44100, 1024 * n
