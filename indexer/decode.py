@@ -1,9 +1,9 @@
 """From a video file to sampled frames: probe, cut into segments, write frames and thumbnails as JPEG files.
 
 This runs on hostile bytes, so only inside the sandbox (`indexer.sandbox`). A first pass reads the packets without
-decoding them (the survey): it knows the real time of every frame, whatever the header claims. decord decodes the chosen
-frames where it agrees with the survey; PyAV decodes the rest (AV1, program streams, files without duration); a file
-whose packets promise frames that do not come out is read through with PyAV and keeps what it still gives.
+decoding them (the survey): it knows the real time of every frame, whatever the header claims. PyAV decodes the chosen
+frames; a file whose packets promise frames that do not come out is read through and keeps what it still gives. decord may
+take its place for the operator's own files, where it agrees with the survey: it bundles an old FFmpeg.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -31,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from indexer.color import HLG, PQ, to_sdr
 from indexer.formats import DEMUXERS
 
+Decoder = Literal["pyav", "decord", "auto"]
 Picture = NDArray[np.uint8]  # (height, width, 3) RGB, upright; its pixels may not be square
 Pixel = tuple[float, float]  # how wide and how high a pixel of a Picture is shown
 SQUARE = (1.0, 1.0)
@@ -55,6 +56,7 @@ class Sampling:
     short_side: int = 256
     thumbnail_width: int = 320
     max_seconds: float = 4 * 3600.0
+    max_segments: int = 2000
     max_pixels: int = 8192 * 8192
 
 
@@ -139,23 +141,30 @@ def probe(path: Path, sampling: Sampling = Sampling()) -> MediaFacts:
     return _survey(path, sampling).facts
 
 
-def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decord: bool = True) -> DecodedVideo:
+def decode(path: Path, out: Path, sampling: Sampling = Sampling(), *, decoder: Decoder = "pyav") -> DecodedVideo:
     """Sample the video at `path` into JPEG files in the folder `out`, which exists and is empty.
 
     A video up to `segment_seconds` is one segment, a longer one is cut into equal ones. Each segment gives exactly
     `frames_per_segment` frames: those shown at the centres of as many equal slices (a short clip repeats frames).
 
-    Raises DecodeError (`empty_file`, `unsupported_media`, `no_frames`, `video_too_long`, `video_too_large`) for the
-    file's faults, OSError for ours (a missing file, a full disk).
+    `decoder`: `pyav`; `auto`, decord where it agrees with PyAV's survey of the file and PyAV elsewhere; `decord`, that alone.
+
+    Raises DecodeError (`empty_file`, `unsupported_media`, `no_frames`, `video_too_long`, `video_too_large`,
+    `too_many_segments`) for the file's faults, OSError for ours (a missing file, a full disk).
     """
     survey = _survey(path, sampling)
-    attempts: list[tuple[Fetch, bool]] = [(_by_decord, decord and survey.decord), (_by_seeking, bool(survey.stamps))]
+    attempts: list[tuple[Fetch, bool]] = [
+        (_by_decord, decoder != "pyav" and survey.decord),
+        (_by_seeking, decoder != "decord" and bool(survey.stamps)),
+    ]
     for attempt in (attempt for attempt, fit in attempts if fit):
         try:
             return _write(survey, attempt, path, out, sampling)
         except _Damaged:
             for file in out.iterdir():
                 file.unlink()
+    if decoder == "decord":
+        raise DecodeError("unsupported_media", "decord does not read this file as it is: the decoders pyav and auto may.")
     with _open(path, sampling) as (container, stream):
         found = np.array([time for time, _ in _through(container, stream)])
     times = _without_leaps(found, found)
@@ -174,8 +183,13 @@ def reopen(path: Path, out: Path, facts: MediaFacts, sampling: Sampling = Sampli
     try:
         left = path.stat().st_size  # what is stored cannot be more than the file: no entry counts twice
         with zipfile.ZipFile(path) as archive:
-            for number, each in enumerate(json.loads(_stored(archive, "index.json", left))["segments"]):
+            told = json.loads(_stored(archive, "index.json", left))["segments"]
+            if len(told) > sampling.max_segments:
+                raise ValueError(f"{len(told)} segments; the limit is {sampling.max_segments}")
+            for number, each in enumerate(told):
                 start, end, count = float(each["start"]), float(each["end"]), len(each["frames"])
+                if count > sampling.frames_per_segment:
+                    raise ValueError(f"{count} frames in a segment; the limit is {sampling.frames_per_segment}")
                 if not (0 <= start <= end < math.inf and count):
                     raise ValueError("a segment without time or frames")
                 names, thumbnail = tuple(f"{number:03d}-{slot:02d}.jpg" for slot in range(count)), f"{number:03d}-thumb.jpg"
@@ -208,7 +222,7 @@ def _stored(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 def _write(survey: _Survey, attempt: Fetch, path: Path, out: Path, sampling: Sampling) -> DecodedVideo:
     """Cut, let `attempt` fetch the pictures in the order of their indexes, write them."""
     per, duration = sampling.frames_per_segment, survey.facts.duration
-    count = max(1, math.ceil((duration - 1e-3) / sampling.segment_seconds))
+    count = _segments(duration, sampling)
     bounds = np.linspace(0.0, duration, count + 1).tolist()
     centres = (np.arange(count * per) + 0.5) * (duration / (count * per))
     chosen = np.maximum(np.searchsorted(survey.times, centres + 1e-6, side="right") - 1, 0).tolist()
@@ -369,6 +383,13 @@ def _check_length(facts: MediaFacts, sampling: Sampling) -> None:
     if facts.duration > sampling.max_seconds:
         lasts = f"The video lasts {facts.duration:.0f} seconds; the limit is {sampling.max_seconds:.0f}."
         raise DecodeError("video_too_long", lasts)
+    if (count := _segments(facts.duration, sampling)) > sampling.max_segments:
+        told = f"The video would be cut into {count} segments of {sampling.segment_seconds:g} seconds"
+        raise DecodeError("too_many_segments", f"{told}; the limit is {sampling.max_segments}.")
+
+
+def _segments(duration: float, sampling: Sampling) -> int:
+    return max(1, math.ceil((duration - 1e-3) / sampling.segment_seconds))
 
 
 # --- three ways to fetch pictures; each yields those of `wanted` (ascending indexes into the survey's frames)

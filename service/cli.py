@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,11 @@ def worker(
 ) -> None:
     """Run a worker alone."""
     from service.jobs import GROUPS
+    from service.supervisor import without_root_key
     from service.worker import run
 
+    if (variables := without_root_key(os.environ)) != dict(os.environ):  # gone only from what a new program is given
+        os.execve(sys.executable, [sys.executable, "-m", "service.cli", *sys.argv[1:]], variables)
     wanted = [queue.strip() for queue in queues.split(",")]
     if unknown := [queue for queue in wanted if queue not in GROUPS]:
         raise typer.BadParameter(f"unknown queue {unknown[0]!r}: take from {', '.join(GROUPS)}")

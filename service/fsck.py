@@ -295,7 +295,7 @@ class Fsck:
         facts = MediaFacts(**{each.name: (video.media or {})[each.name] for each in fields(MediaFacts)})
         blobs, frames = self._runtime.blobs, frames_key(video.collection_id, video.id)
         with tempfile.TemporaryDirectory(dir=self._runtime.settings.scratch) as name, blobs.local(frames) as path:
-            decoded = self._runtime.decoder.reopen(path, Path(name), facts)
+            decoded = self._runtime.decoder.reopen(path, Path(name), facts, ingest.sampling(self._runtime, {}))
             for ordinal in missing:
                 picture = Path(name, decoded.segments[ordinal].thumbnail_file).read_bytes()
                 blobs.put(thumbnail_key(video.collection_id, video.id, ordinal), picture)

@@ -27,11 +27,13 @@ from service.archive import FIRST, Archive, InvalidArchive, Member
 from service.blobs import adapter_key, frames_key, thumbnail_key, video_key
 from service.catalog import AlreadyExists, Caption, InvalidName, QuotaExceeded, Task, Tenant, Video
 from service.exports import Tell
+from service.ingest import sampling
 from service.records import new_id, now
 from service.runtime import Runtime
 from service.schemas import CaptionIn, CollectionSettings, settings_json
+from service.settings import SHORTEST_SEGMENT
 
-FRAMES_BYTES, VECTORS_BYTES, THUMBNAIL_BYTES = 1 << 30, 1 << 28, 1 << 20  # of one video's members
+VECTORS_BYTES, THUMBNAIL_BYTES = 1 << 28, 1 << 20  # of one video's members
 VERIFYING = 0.3  # share of an import's progress
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -163,7 +165,10 @@ class _Arrival:
         try:
             theirs = manifest["collection"]
             self.name = name or str(theirs["name"])
-            self._settings = settings_json(CollectionSettings(**theirs["settings"]))
+            settings = dict(theirs["settings"])
+            if 0 < (settings.get("segment_seconds") or 0) < SHORTEST_SEGMENT:  # of a version that knew no shortest
+                settings["segment_seconds"] = SHORTEST_SEGMENT
+            self._settings = settings_json(CollectionSettings(**settings))
             self._claims = {"collections": 1, "videos": _whole(manifest["videos"]), "bytes": _whole(manifest["bytes"])}
             fingerprint = str(manifest["backbone"]["fingerprint"])
             self.adapters = [(str(a["digest"]), _whole(a["version"]), _time(a["created_at"])) for a in manifest["adapters"]]
@@ -299,11 +304,11 @@ class _Arrival:
 
     def _frames(self, member: Member, facts: MediaFacts, folder: Path) -> DecodedVideo:
         """The frames, each looked at in the decoder's cage, in `folder`."""
-        if member.size > FRAMES_BYTES:
-            raise InvalidArchive(f"{member.name} may have {FRAMES_BYTES} bytes, it has {member.size}")
+        if member.size > (limit := self._runtime.settings.decode_output_bytes):
+            raise InvalidArchive(f"{member.name} may have {limit} bytes, it has {member.size}")
         with (folder / "frames.zip").open("wb") as file:
             file.writelines(self._archive.chunks(member))
-        return self._runtime.decoder.reopen(folder / "frames.zip", folder, facts)  # type: ignore[no-any-return]
+        return self._runtime.decoder.reopen(folder / "frames.zip", folder, facts, sampling(self._runtime, self._settings))
 
     def _vectors(self, parts: Mapping[str, Member], decoded: DecodedVideo) -> dict[str, list[dict[str, Any]]]:
         segments = [(s.start, s.end, len(s.frame_files)) for s in decoded.segments]

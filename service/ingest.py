@@ -17,25 +17,27 @@ from numpy.typing import NDArray
 
 from indexer.decode import DecodeError, Sampling
 from indexer.frames import DamagedFrames, FrameArchive, pack_frames
+from indexer.sandbox import Check
 from service import catalog
 from service.blobs import BlobMissing, frames_key, thumbnail_key, video_key
 from service.catalog import Collection, Generation, NotFound, Video
 from service.runtime import Runtime
+from service.settings import SHORTEST_SEGMENT
 
 log = structlog.get_logger()
 
 SEGMENTS_AT_ONCE = 16  # pixels of a long video in memory
 
-Progress = Callable[[float], None]
+Progress = Callable[[float | None], None]
 
 
 def index_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress = lambda share: None) -> None:
     """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error.
 
-    `progress`, the share of the embedding that is done, may raise to stop.
+    `progress`, the share of the embedding that is done and None as long as the video is decoded, may raise to stop.
     """
     try:
-        prepare_frames(runtime, tenant, video_id)
+        prepare_frames(runtime, tenant, video_id, lambda: progress(None))
         embed_video(runtime, tenant, video_id, progress)
     except NotFound:
         return
@@ -47,11 +49,18 @@ def index_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress
         fail_video(runtime, tenant, video_id, "frames_damaged", str(error))
 
 
-def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
+def prepare_frames(runtime: Runtime, tenant: str, video_id: str, check: Check = lambda: None) -> None:
     """Decodes a video in the sandbox and stores its frames, thumbnails and facts; does nothing where they are stored.
 
+    `check` is called again and again meanwhile and may raise to stop; the deletion of the video ends the decoding too.
     Raises DecodeError, BlobMissing, or NotFound for a deleted video.
     """
+
+    def wanted() -> None:
+        check()
+        with runtime.database.read() as connection:
+            catalog.video(connection, tenant, video_id)
+
     with runtime.database.write() as connection:
         video = catalog.video(connection, tenant, video_id)
         if video.media is not None:
@@ -61,7 +70,7 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
         collection = catalog.lock_collection(connection, tenant, video.collection_id)
     if collection is None:
         raise NotFound("collection", video.collection_id)
-    media = _decode(runtime, video, collection)
+    media = _decode(runtime, video, collection, wanted)
     with runtime.database.write() as connection:
         alive = catalog.set_video(connection, tenant, video_id, status="queued", media=media)
         catalog.set_task(connection, tenant, video.task_id, progress=0.5, message="decoded")
@@ -70,12 +79,12 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str) -> None:
         raise NotFound("video", video_id)
 
 
-def _decode(runtime: Runtime, video: Video, collection: Collection) -> dict[str, Any]:
+def _decode(runtime: Runtime, video: Video, collection: Collection, check: Check = lambda: None) -> dict[str, Any]:
     """Frames and thumbnails from the stored file into the blobs; returns the facts. Raises DecodeError, BlobMissing."""
     folder = Path(tempfile.mkdtemp(dir=runtime.settings.scratch, prefix="decode-"))
     try:
         with runtime.blobs.local(video_key(collection.id, video.id)) as path:
-            decoded = runtime.decoder.decode(path, folder, _sampling(runtime, collection))
+            decoded = runtime.decoder.decode(path, folder, sampling(runtime, collection.settings), check)
         for ordinal, segment in enumerate(decoded.segments):
             runtime.blobs.put(thumbnail_key(collection.id, video.id, ordinal), (folder / segment.thumbnail_file).read_bytes())
         runtime.blobs.put(frames_key(collection.id, video.id), pack_frames(decoded, folder))
@@ -253,11 +262,12 @@ def _wanted(connection: Any, video: Video) -> Sequence[Generation]:
     return list(by_set.values())
 
 
-def _sampling(runtime: Runtime, collection: Collection) -> Sampling:
-    own: Mapping[str, Any] = collection.settings
+def sampling(runtime: Runtime, own: Mapping[str, Any]) -> Sampling:
+    """How videos are decoded for a collection with these settings of its `own`."""
     settings = runtime.settings
     return Sampling(
-        segment_seconds=float(own.get("segment_seconds") or settings.segment_seconds),
+        segment_seconds=max(SHORTEST_SEGMENT, float(own.get("segment_seconds") or settings.segment_seconds)),
         short_side=max(settings.cached_short_side, runtime.backbone.image_size),
         max_seconds=settings.max_video_seconds,
+        max_segments=settings.max_segments,
     )

@@ -28,6 +28,7 @@ from service.catalog import AdapterVersion, Task
 from service.generations import Spread, Superseded
 from service.records import now
 from service.runtime import Runtime
+from service.supervisor import without_root_key
 from training.dataset import Pair
 from training.evaluation import Evaluation
 from training.recipe import Recipe
@@ -278,7 +279,12 @@ def _train(
         if runtime.choice.pretrained is not None:
             command += ["--pretrained", runtime.choice.pretrained]
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=without_root_key(os.environ),
         )
         stack.callback(_end, runtime, child)
         runtime.trainers.add(child)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import adapters_store
 from adapters_store import durable
+from indexer.decode import Decoder
 from indexer.formats import VIDEO_SUFFIXES
 from service import catalog, files, ingest, learning
 from service.blobs import adapter_key, video_key
@@ -37,8 +38,8 @@ class InvalidCaptions(ValueError):
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[Runtime]:
-    runtime = Runtime(settings)
+def opened(settings: Settings, decoder: Decoder = "pyav") -> Iterator[Runtime]:
+    runtime = Runtime(settings, decoder)
     try:
         runtime.prepare()
         yield runtime
@@ -65,7 +66,7 @@ def index_files(
         raise InvalidCaptions(f"{captions_file}: there is no video {unknown[0]!r} (and {len(unknown) - 1} more)")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        opened(settings) as runtime,
+        opened(settings, settings.decoder) as runtime,
         Progress(*columns, console=console, disable=console is None) as progress,
         ThreadPoolExecutor(settings.decoders + 2) as pool,
     ):

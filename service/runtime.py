@@ -6,16 +6,17 @@ The API, the worker and the offline commands each build one; nothing of it exist
 from __future__ import annotations
 
 import fcntl
+import os
 import secrets
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 from adapters_store import DamagedAdapter, Fit, Lease, Residency, durable, slots_of
 from backbone import Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
-from indexer.sandbox import Limits, Sandbox
+from indexer.decode import DecodedVideo, Decoder, MediaFacts, Sampling
+from indexer.sandbox import Check, Limits, Sandbox
 from service import catalog, keys
 from service.blobs import BlobMissing, Blobs, adapter_key
 from service.catalog import Generation
@@ -46,12 +48,27 @@ class BackboneChoice:
     pretrained: str | None
 
 
+def _close_to_others(data: Path) -> None:
+    """Folders 0700 and files 0600, at the top of a data folder that an earlier version has made; what is below is shut off."""
+    if not (data / "polyclip.sqlite").exists():
+        return
+    for path in (data, *data.iterdir()):
+        mode = path.lstat().st_mode
+        if mode & 0o077 and ((stat.S_ISDIR(mode) and not mode & stat.S_ISVTX) or stat.S_ISREG(mode)):
+            with suppress(PermissionError, FileNotFoundError):  # somebody else's, or gone meanwhile
+                path.chmod(mode & 0o700)
+
+
 class Runtime:
     """One per process. `prepare` must have run once on the data folder, by this process or another."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, decoder: Decoder = "pyav") -> None:
+        """`decoder`: other than PyAV only where the operator's own files are decoded and nobody else's."""
         self.settings = settings
+        self._decoded_by: Decoder = decoder
+        os.umask(0o077)  # what a data folder holds is its owner's alone
         durable.make_folder(settings.data)
+        _close_to_others(settings.data)
         self.database = Database(settings.database)
         self.blobs = Blobs(settings.blob_root, settings.scratch)
         self.trainers: set[subprocess.Popen[str]] = set()  # training processes that are this one's children
@@ -260,9 +277,9 @@ class Runtime:
 
     @cached_property
     def _decoder(self) -> DecoderPool:
-        wall = self.settings.decode_seconds
-        limits = Limits(memory_bytes=self.settings.decode_bytes, cpu_seconds=int(wall), wall_seconds=wall)
-        return DecoderPool([Sandbox(limits) for _ in range(self.settings.decoders)])
+        settings, wall = self.settings, self.settings.decode_seconds
+        limits = Limits(settings.decode_bytes, max(1, int(wall)), wall, output_bytes=settings.decode_output_bytes)
+        return DecoderPool([Sandbox(limits, self._decoded_by) for _ in range(settings.decoders)])
 
     def close(self) -> None:
         for name in ("_texts", "_frames", "_decoder", "_residency"):  # a forward pass that hangs does not keep the process
@@ -279,18 +296,21 @@ class DecoderPool:
         self._free = list(sandboxes)
         self._returned = threading.Condition()
 
-    def decode(self, *arguments: Any) -> Any:
+    def decode(self, path: Path, out: Path, sampling: Sampling, check: Check = lambda: None) -> DecodedVideo:
         """`Sandbox.decode` on the next free process."""
-        return self._lent(lambda sandbox: sandbox.decode(*arguments))
+        return self._lent(check, lambda sandbox: sandbox.decode(path, out, sampling, check))
 
-    def reopen(self, *arguments: Any) -> Any:
+    def reopen(
+        self, path: Path, out: Path, facts: MediaFacts, sampling: Sampling, check: Check = lambda: None
+    ) -> DecodedVideo:
         """`Sandbox.reopen` on the next free process."""
-        return self._lent(lambda sandbox: sandbox.reopen(*arguments))
+        return self._lent(check, lambda sandbox: sandbox.reopen(path, out, facts, sampling, check))
 
-    def _lent(self, work: Callable[[Sandbox], Any]) -> Any:
+    def _lent(self, check: Check, work: Callable[[Sandbox], DecodedVideo]) -> DecodedVideo:
         with self._returned:
             while not self._free:
-                self._returned.wait()
+                self._returned.wait(1.0)
+                check()
             sandbox = self._free.pop()
         try:
             return work(sandbox)

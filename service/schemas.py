@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from service.settings import SHORTEST_SEGMENT
+
 MAX_TEXT = 10_000
 PageLimit = Annotated[int, Field(ge=1, le=50)]
 
@@ -29,7 +31,7 @@ class SearchRequest(In):
 
 
 class CollectionSettings(In):
-    segment_seconds: float | None = Field(None, gt=0, le=3600, description="Length of a segment, seconds.")
+    segment_seconds: float | None = Field(None, ge=SHORTEST_SEGMENT, le=3600, description="Length of a segment, seconds.")
     description: str | None = Field(None, max_length=1000)
     pinned: bool | None = Field(None, description="Keep the active adapter on the device, used or not.")
     keep_generations: int | None = Field(None, ge=0, le=100, description="Retired generations that are kept.")

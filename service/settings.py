@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1024 * 1024
+SHORTEST_SEGMENT = 1.0  # seconds
 
 
 class Settings(BaseSettings):
@@ -38,13 +39,22 @@ class Settings(BaseSettings):
         256, ge=0, description="Connections open at once from one IPv4 address or IPv6 /64; 0: any number, as behind a proxy."
     )
 
-    segment_seconds: float = Field(30.0, gt=0, description="Videos longer than this are cut into equal segments, in seconds.")
+    segment_seconds: float = Field(
+        30.0, ge=SHORTEST_SEGMENT, description="Videos longer than this are cut into equal segments, in seconds; at least 1."
+    )
+    max_segments: int = Field(2000, ge=1, description="Segments of a video; one that would have more is refused.")
     cached_short_side: int = Field(256, ge=16, le=1024, description="Short side of the cached frames, in pixels, 16 to 1024.")
     max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")
     max_archive_bytes: int = Field(65536 * MiB, ge=1, description="Largest archive that is imported over HTTP, in bytes.")
     max_video_seconds: float = Field(4 * 3600, gt=0, description="Longest video, in seconds.")
     decode_seconds: float = Field(600.0, gt=0, description="Wall time that decoding one video may take, in seconds.")
     decode_bytes: int = Field(2048 * MiB, ge=64 * MiB, description="Memory that decoding one video may take, in bytes.")
+    decode_output_bytes: int = Field(512 * MiB, ge=1, description="Cached frames and thumbnails of one video, in bytes.")
+    decoder: Literal["pyav", "decord", "auto"] = Field(
+        "auto",
+        description="Of the operator's own files (`polyclip index`): `auto` is decord where it agrees with PyAV, and PyAV "
+        "elsewhere. What comes over HTTP is always decoded by PyAV.",
+    )
     decoders: int = Field(2, ge=1, description="Decoder processes of a worker.")
 
     candidates: int = Field(200, ge=1, description="Segments that the first stage hands to exact rescoring.")

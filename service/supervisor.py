@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import structlog
 
@@ -22,7 +23,7 @@ class Supervisor:
     """Keeps one worker alive. The child ends when this process does, even by kill -9."""
 
     def __init__(self, settings: Settings) -> None:
-        self._environment = {**os.environ, **environment(settings)}
+        self._environment = {**without_root_key(os.environ), **environment(settings)}
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: float | None = None
         self._stopping = threading.Event()
@@ -78,7 +79,12 @@ class Supervisor:
         return self._child.wait()
 
 
+def without_root_key(variables: Mapping[str, str]) -> dict[str, str]:
+    """For a child that has no use of the operator's key: what runs as the same user can read its environment."""
+    return {name: value for name, value in variables.items() if name.upper() != "POLYCLIP_ROOT_KEY"}
+
+
 def environment(settings: Settings) -> dict[str, str]:
-    """The settings as environment variables, for a child process that shall have the same ones."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    """The settings as environment variables, for a child process that shall have the same ones, but for the root key."""
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"root_key"})
     return {f"POLYCLIP_{name.upper()}": str(value) for name, value in values.items()}

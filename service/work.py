@@ -341,8 +341,8 @@ class _Spread:
 
 
 def _index_video(shift: Shift, task: Task, report: Report) -> None:
-    def tell(share: float) -> None:
-        report(0.5 + 0.5 * share, "embedding")
+    def tell(share: float | None) -> None:
+        report(0.0 if share is None else 0.5 + 0.5 * share, "decoding" if share is None else "embedding")
 
     ingest.index_video(shift.runtime, task.tenant_id, task.request["video_id"], tell)  # ends its task itself, with the video
 

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 from adapters_store import durable
-from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Sampling
+from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Decoder, Sampling
 from indexer.formats import VIDEO_SUFFIXES
 from indexer.frames import pack_frames
 from indexer.sandbox import Sandbox
@@ -136,6 +137,9 @@ def cache_frames(
         if not any(clip.split == split for clip in corpus.clips):
             raise InvalidCorpus(f"{corpus.name} has no {split} videos")
     clips = [clip for clip in corpus.clips if splits is None or clip.split in splits]
+    decoder: Any = os.environ.get("POLYCLIP_DECODER", "auto")
+    if decoder not in get_args(Decoder):
+        raise InvalidCorpus(f"POLYCLIP_DECODER is one of {', '.join(get_args(Decoder))}, not {decoder!r}")
     cache.mkdir(parents=True, exist_ok=True)
     archives: dict[str, Path] = {}
     bad: dict[str, str] = {}
@@ -144,7 +148,7 @@ def cache_frames(
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         sandboxes: SimpleQueue[Sandbox] = SimpleQueue()
         for _ in range(workers):
-            sandboxes.put(stack.enter_context(Sandbox()))
+            sandboxes.put(stack.enter_context(Sandbox(decoder=decoder)))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more is begun
         waiting = {pool.submit(_cached, corpus, clip, cache, sandboxes): clip for clip in clips}
         for done, future in enumerate(as_completed(waiting), start=1):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from videos import clock, corner, garbled, sideways, time_shown, truncated, write_sound, write_video
 
-from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Sampling, decode, probe
+from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Decoder, Sampling, decode, probe
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ KINDS = [
 def test_a_clip_of_any_kind_gives_the_frames_at_the_centres_of_twelve_slices(
     tmp_path: Path, out: Path, name: str, codec: str, decoder: str
 ) -> None:
-    video = decode(write_video(tmp_path / name, codec=codec), out)
+    video = decode(write_video(tmp_path / name, codec=codec), out, decoder="auto")
     [segment] = video.segments
     facts = video.facts
     assert (facts.width, facts.height, facts.frames, facts.decoder) == (160, 120, 50, decoder)
@@ -68,12 +68,12 @@ def test_a_clip_of_any_kind_gives_the_frames_at_the_centres_of_twelve_slices(
     assert {file.name for file in out.iterdir()} == {*segment.frame_files, segment.thumbnail_file}
 
 
-@pytest.mark.parametrize("decord", [True, False])
-def test_a_long_video_is_cut_into_equal_segments_each_with_its_own_frames(tmp_path: Path, out: Path, decord: bool) -> None:
-    video = decode(write_video(tmp_path / "long.mp4", seconds=95, gop=250), out, decord=decord)
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
+def test_a_long_video_is_cut_into_equal_segments_each_with_its_own_frames(tmp_path: Path, out: Path, decoder: Decoder) -> None:
+    video = decode(write_video(tmp_path / "long.mp4", seconds=95, gop=250), out, decoder=decoder)
     bounds = [(segment.start, segment.end) for segment in video.segments]
     assert np.allclose(bounds, [(0, 23.75), (23.75, 47.5), (47.5, 71.25), (71.25, 95)])
-    assert video.facts.decoder == ("decord" if decord else "pyav")
+    assert video.facts.decoder == ("decord" if decoder == "auto" else "pyav")
     for segment in video.segments:
         assert np.abs(shown(segment, out) - centres(segment)).max() < 0.15
         assert abs(time_shown(out / segment.thumbnail_file) - centres(segment)[6]) < 0.15
@@ -86,25 +86,39 @@ def test_a_video_as_long_as_a_segment_is_one_segment(tmp_path: Path, out: Path) 
 
 def test_decord_and_pyav_give_the_same_files(tmp_path: Path, out: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
-    video = decode(path, out)
+    video = decode(path, out, decoder="auto")
     again = tmp_path / "again"
     again.mkdir()
-    other = decode(path, again, decord=False)
+    other = decode(path, again)
     assert (video.facts.decoder, other.facts.decoder) == ("decord", "pyav")
     assert other == replace(video, facts=replace(video.facts, decoder="pyav"))
     assert all((again / file.name).read_bytes() == file.read_bytes() for file in out.iterdir())
 
 
-@pytest.mark.parametrize("decord", [True, False])
+def test_decord_is_not_asked_where_pictures_are_not_shown_as_stored(tmp_path: Path, out: Path) -> None:
+    turned = write_video(tmp_path / "a.mp4", picture=corner, rotation=90)
+    assert decode(turned, out, decoder="auto").facts.decoder == "pyav"
+    with pytest.raises(DecodeError, match="unsupported_media"):
+        decode(turned, out, decoder="decord")
+
+
+def test_a_video_of_too_many_segments_is_refused_and_says_how_many(tmp_path: Path, out: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", seconds=5)
+    assert len(decode(path, out, Sampling(segment_seconds=1, max_segments=5)).segments) == 5
+    with pytest.raises(DecodeError, match=r"too_many_segments: .* 5 segments of 1 seconds; the limit is 4"):
+        decode(path, out, Sampling(segment_seconds=1, max_segments=4))
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
 @pytest.mark.parametrize(("rotation", "size"), [(-90, (160, 120)), (90, (160, 120)), (180, (160, 120))])
 def test_a_rotated_video_comes_out_as_it_is_shown(
-    tmp_path: Path, out: Path, rotation: int, size: tuple[int, int], decord: bool
+    tmp_path: Path, out: Path, rotation: int, size: tuple[int, int], decoder: Decoder
 ) -> None:
     def stored(seconds: float, size: tuple[int, int]) -> np.ndarray:
         upright = corner(seconds, size if rotation == 180 else size[::-1])
         return np.ascontiguousarray(np.rot90(upright, -rotation // 90))
 
-    video = decode(write_video(tmp_path / "a.mp4", picture=stored, rotation=rotation), out, decord=decord)
+    video = decode(write_video(tmp_path / "a.mp4", picture=stored, rotation=rotation), out, decoder=decoder)
     expected = size if rotation == 180 else size[::-1]
     assert (video.facts.width, video.facts.height) == expected
     with Image.open(out / video.segments[0].frame_files[3]) as image:
@@ -187,10 +201,10 @@ def test_a_display_matrix_of_garbage_turns_nothing(tmp_path: Path, out: Path) ->
     assert (facts.width, facts.height) == (160, 120)
 
 
-@pytest.mark.parametrize("decord", [True, False])
-def test_a_variable_frame_rate_is_sampled_by_time_and_not_by_number(tmp_path: Path, out: Path, decord: bool) -> None:
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
+def test_a_variable_frame_rate_is_sampled_by_time_and_not_by_number(tmp_path: Path, out: Path, decoder: Decoder) -> None:
     times = [0, 0.04, 0.08, 0.12, 1.0, 3.0, 3.04, 6.0]
-    video = decode(write_video(tmp_path / "a.mp4", times=times), out, decord=decord)
+    video = decode(write_video(tmp_path / "a.mp4", times=times), out, decoder=decoder)
     expected = [max(time for time in times if time <= centre) for centre in centres(video.segments[0])]
     assert np.abs(shown(video.segments[0], out) - expected).max() < 0.1
 

@@ -426,6 +426,29 @@ def bomb(contents: Contents) -> None:
     instead("frames.zip", memory.getvalue())(contents)
 
 
+def many_frames(segments: int, frames: int) -> Callable[[Contents], None]:
+    """Small frames, but more of them than a video of this house could have."""
+
+    def change(contents: Contents) -> None:
+        name = next(name for name in contents if name.endswith("/frames.zip"))
+        with zipfile.ZipFile(io.BytesIO(contents[name])) as packed:
+            jpeg = packed.read(json.loads(packed.read("index.json"))["segments"][0]["frames"][0])
+        told = [
+            {"start": n, "end": n + 1, "frames": [f"{n}-{slot}.jpg" for slot in range(frames)]} for n in range(segments)
+        ]
+        memory = io.BytesIO()
+        with zipfile.ZipFile(memory, "w") as packed:
+            packed.writestr("index.json", json.dumps({"segments": told}))
+            for frame in (frame for segment in told for frame in segment["frames"]):  # type: ignore[attr-defined]
+                packed.writestr(frame, jpeg)
+        contents[name] = memory.getvalue()
+        vectors = [member for member in contents if member.startswith(name.removesuffix("frames.zip") + "vectors/")]
+        for member in vectors:
+            del contents[member]
+
+    return change
+
+
 def another_adapter(contents: Contents) -> None:
     tensors = [name for name in contents if name.endswith(".safetensors") and name.startswith("adapters/")]
     contents[tensors[0]] = contents[tensors[1]]
@@ -479,6 +502,8 @@ MEDIA = {"duration": 1.0, "width": 1, "height": 1, "fps": 1.0, "codec": "x", "co
         instead("/frames.zip", b"PK\x03\x04nothing"),
         instead("/frames.zip", b""),
         bomb,
+        many_frames(segments=1, frames=13),
+        many_frames(segments=2001, frames=1),
         instead("/file", b"#!/bin/sh"),
         instead("/file", clip(77)),
         another_adapter,

@@ -412,7 +412,7 @@ def test_the_name_of_a_deleted_collection_is_free_again(guest: Tenant) -> None:
     assert guest.post("/collections", {"name": collection}).status_code == 201
 
 
-@pytest.mark.parametrize("settings", [{"segment_seconds": 0}, {"segment_seconds": 1e9}, {"colour": "red"}])
+@pytest.mark.parametrize("settings", [{"segment_seconds": 0.999}, {"segment_seconds": 1e9}, {"colour": "red"}])
 def test_bad_settings_are_refused(guest: Tenant, settings: Any) -> None:
     check_problem(guest.post("/collections", {"name": "x", "settings": settings}), 422, "invalid_request")
     answer = guest.call("PATCH", f"/collections/{guest.collection()}", json={"settings": settings})

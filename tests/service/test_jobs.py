@@ -274,6 +274,24 @@ def test_a_running_upload_is_cancelled_at_its_next_report(workshop: Workshop, mo
     assert (video_of(workshop, task).error or {})["code"] == "cancelled"
 
 
+@pytest.mark.parametrize("way", ["cancelled", "deleted"])
+def test_the_decoder_is_ended_when_the_task_is_cancelled_or_the_video_deleted(workshop: Workshop, way: str) -> None:
+    collection = workshop.guest.collection(segment_seconds=1.0)
+    answer = workshop.guest.upload(collection, clip(990, seconds=60, size=(1280, 720)))  # some seconds of work
+    task = workshop.task(answer)
+    shift = threading.Thread(target=Shift(workshop.runtime).run, args=(workshop.tenant, task.id))
+    shift.start()
+    wait_for("decoding", lambda: any(workshop.runtime.settings.scratch.glob("decode-*/*.jpg")))
+    if way == "cancelled":
+        assert workshop.guest.post(f"/tasks/{task.id}/cancel").json()["status"] == "running"
+    else:
+        workshop.guest.call("DELETE", f"/collections/{collection}/videos/{answer.json()['video_id']}")
+    shift.join(60)
+    assert state(workshop, task).status == "cancelled"
+    assert state(workshop, task).progress < 0.5, "the decoding was not waited for"
+    assert not any(workshop.runtime.settings.scratch.glob("decode-*"))
+
+
 def test_a_task_cancelled_while_its_worker_was_dead_does_not_run(workshop: Workshop, does: Any) -> None:
     does(raises(AssertionError("it ran")))
     task = asked(workshop)

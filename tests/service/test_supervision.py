@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from house import House
-from serving import Server, Tenant, alive, clip, new_tenant, wait_for
+from serving import ROOT_KEY, Server, Tenant, alive, clip, new_tenant, wait_for
 from structlog.testing import capture_logs
 
 from adapters_store import pack
@@ -28,6 +28,7 @@ from backbone import AdapterShape, load_backbone
 from service import catalog, learning, offline, supervisor
 from service.catalog import Task
 from service.jobs import Jobs, sweep
+from service.runtime import Runtime
 from service.supervisor import Supervisor
 from service.work import Shift
 from training.recipe import InvalidRecipe
@@ -48,6 +49,41 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     monkeypatch.setattr(sys, "executable", str(path))
     return make
+
+
+def test_a_data_folder_is_its_owners_alone_and_the_root_key_is_in_no_other_process(tmp_path: Path) -> None:
+    server = Server(tmp_path / "data").start()
+    try:
+        tenant = new_tenant(server.client)
+        collection, [video] = tenant.filled([1])
+        assert tenant.video(collection, video)["system_metadata"]["decoder"] == "pyav"
+        modes = {path: path.stat().st_mode & 0o777 for path in (server.data, *server.data.rglob("*")) if path.exists()}
+        children = server.processes()
+        environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+    finally:
+        server.stop()
+    assert modes and not {path: oct(mode) for path, mode in modes.items() if mode & 0o077}
+    assert any("indexer.sandbox" in command for command in children.values())
+    assert not [children[pid] for pid, told in environments.items() if ROOT_KEY.encode() in told]
+
+
+def test_a_data_folder_of_before_is_shut_off_when_it_is_next_opened(house: House) -> None:
+    data, database = house.runtime.settings.data, house.runtime.settings.data / "polyclip.sqlite"
+    data.chmod(0o755)
+    database.chmod(0o644)
+    Runtime(house.runtime.settings).close()
+    assert (data.stat().st_mode & 0o777, database.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_a_worker_of_its_own_forgets_the_root_key(tmp_path: Path) -> None:
+    environment = {**os.environ, "POLYCLIP_ROOT_KEY": ROOT_KEY, "POLYCLIP_DATA": str(tmp_path / "data")}
+    worker = subprocess.Popen([sys.executable, "-m", "service.cli", "worker"], env=environment, stderr=subprocess.PIPE)
+    try:
+        wait_for("the worker", lambda: (tmp_path / "data" / "worker.lock").exists())
+        assert ROOT_KEY.encode() not in Path(f"/proc/{worker.pid}/environ").read_bytes()
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 # --- the worker and its keeper
