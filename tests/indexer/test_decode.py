@@ -139,21 +139,21 @@ MATRICES = {  # (a, b, c, d), and how the stored picture is turned into the one 
 }
 
 
-@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
 @pytest.mark.parametrize(("matrix", "show"), MATRICES.values(), ids=MATRICES)
 def test_a_display_matrix_is_applied_mirror_and_all(
-    tmp_path: Path, out: Path, matrix: tuple[int, ...], show: Callable[[np.ndarray], np.ndarray], decord: bool
+    tmp_path: Path, out: Path, matrix: tuple[int, ...], show: Callable[[np.ndarray], np.ndarray], decoder: Decoder
 ) -> None:
     a, b, c, d = matrix
     path = write_video(tmp_path / "a.mp4", picture=corner, seconds=0.4, matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
-    video = decode(path, out, decord=decord)
+    video = decode(path, out, decoder=decoder)
     expected = show(corner(0, (160, 120))).astype(int)
     assert (video.facts.height, video.facts.width) == expected.shape[:2]
     with Image.open(out / video.segments[0].frame_files[5]) as image:
         assert np.abs(np.asarray(image).astype(int) - expected).mean() < 5
 
 
-@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
 @pytest.mark.parametrize(
     ("aspect", "rotation", "size", "shown"),
     [
@@ -164,20 +164,20 @@ def test_a_display_matrix_is_applied_mirror_and_all(
     ],
 )
 def test_pixels_that_are_not_square_are_shown_in_their_shape(
-    tmp_path: Path, out: Path, aspect: Fraction, rotation: int, size: tuple[int, int], shown: tuple[int, int], decord: bool
+    tmp_path: Path, out: Path, aspect: Fraction, rotation: int, size: tuple[int, int], shown: tuple[int, int], decoder: Decoder
 ) -> None:
     path = write_video(tmp_path / "a.mp4", size=size, times=[0, 0.04], aspect=aspect, rotation=rotation)
-    video = decode(path, out, decord=decord)
+    video = decode(path, out, decoder=decoder)
     assert (video.facts.width, video.facts.height) == shown
     for name in (video.segments[0].frame_files[0], video.segments[0].thumbnail_file):
         with Image.open(out / name) as image:
             assert image.width / image.height == pytest.approx(shown[0] / shown[1], rel=0.02)
 
 
-@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
 @pytest.mark.parametrize(("transfer", "codes"), [("smpte2084", (0.58, 0.38)), ("arib-std-b67", (0.75, 0.38))])
 def test_hdr_is_shown_as_bright_as_a_standard_screen_would(
-    tmp_path: Path, out: Path, transfer: str, codes: tuple[float, float], decord: bool
+    tmp_path: Path, out: Path, transfer: str, codes: tuple[float, float], decoder: Decoder
 ) -> None:
     """The codes are those of white (203 nits) and of the grey card (26 nits) in BT.2408, table 1."""
 
@@ -188,7 +188,7 @@ def test_hdr_is_shown_as_bright_as_a_standard_screen_would(
 
     options = {"x264-params": f"colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"}
     path = write_video(tmp_path / "a.mp4", pixels="yuv420p10le", times=[0, 0.04], picture=halves, options=options)
-    video = decode(path, out, decord=decord)
+    video = decode(path, out, decoder=decoder)
     with Image.open(out / video.segments[0].frame_files[0]) as image:
         picture = np.asarray(image).astype(float)
     assert picture[:, :70].mean() > 235
@@ -233,14 +233,14 @@ LEAPS: dict[str, Callable[[float], float]] = {
 
 
 @pytest.mark.parametrize("leap", LEAPS.values(), ids=LEAPS)
-@pytest.mark.parametrize("decord", [True, False])
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
 def test_stamps_that_leap_make_a_clip_no_longer_than_what_is_shown(
-    tmp_path: Path, out: Path, leap: Callable[[float], float], decord: bool
+    tmp_path: Path, out: Path, leap: Callable[[float], float], decoder: Decoder
 ) -> None:
     sane = write_video(tmp_path / "a.mkv", codec="mpeg4", seconds=4)
     assert probe(sane).duration == pytest.approx(4.0)
     path = leaping(sane, leap)
-    video = decode(path, out, decord=decord)
+    video = decode(path, out, decoder=decoder)
     assert (video.facts.duration, video.facts.frames) == (pytest.approx(4.0, abs=0.05), 100)
     assert probe(path).duration == video.facts.duration
     [segment] = video.segments
