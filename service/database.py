@@ -49,7 +49,7 @@ class Database:
     def migrate(self, lock: Path) -> None:
         """Brings the schema to the newest version; one process at a time, by a lock file."""
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         config.attributes["engine"] = self.engine
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote, urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1024 * 1024
@@ -80,19 +81,26 @@ class Settings(BaseSettings):
     worker_id: str = Field("0", description="Tells workers on one data folder apart (PostgreSQL); the same at each start.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
 
+    @field_validator("blobs")
+    @classmethod
+    def _whole(cls, blobs: str | None) -> str | None:
+        if blobs is not None and (parts := urlsplit(blobs)).scheme == "file" and (parts.query or parts.fragment):
+            raise ValueError("in a file URL write ? as %3F and # as %23")
+        return blobs
+
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.data.absolute() / 'polyclip.sqlite'}"
+        return self.database_url or _sqlite(self.data / "polyclip.sqlite")
 
     @property
     def jobs_database(self) -> str:
         if self.jobs_database_url:
             return self.jobs_database_url
-        return self.database_url or f"sqlite:///{self.data.absolute() / 'jobs.sqlite'}"
+        return self.database_url or _sqlite(self.data / "jobs.sqlite")
 
     @property
     def blob_root(self) -> str:
-        return self.blobs or f"file://{self.data.absolute() / 'blobs'}"
+        return self.blobs or (self.data.absolute() / "blobs").as_uri()
 
     @property
     def largest_rank(self) -> int:
@@ -107,3 +115,8 @@ class Settings(BaseSettings):
     def snapshots(self) -> Path:
         """Snapshots of index views, a cache of this machine's own."""
         return self.data.absolute() / "snapshots"
+
+
+def _sqlite(path: Path) -> str:
+    """The URL of a file; SQLAlchemy takes back what is quoted."""
+    return f"sqlite:///{quote(str(path.absolute()))}"

@@ -1,0 +1,47 @@
+"""A data folder may be called anything: what is its own stays in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from house import House
+from pydantic import ValidationError
+
+from service import cleanup
+from service.blobs import Blobs
+from service.jobs import prepare_engine
+from service.settings import Settings
+
+NAMES = ["plain", "lib#1", "lib#2", "what?", "50%", "a%23b", "two words", "Zoë", "a+b&c=d;e"]
+
+
+def test_data_folders_of_any_name_keep_apart(tmp_path: Path) -> None:
+    held: dict[str, set[Path]] = {}
+    for number, name in enumerate(NAMES):
+        before = set(tmp_path.rglob("*"))
+        with House(tmp_path / name) as house:
+            house.add_video(house.add_collection("films"), number)
+        prepare_engine(Settings(data=tmp_path / name))
+        made = set(tmp_path.rglob("*")) - before
+        assert {path.relative_to(tmp_path).parts[0] for path in made} == {name}
+        assert {"polyclip.sqlite", "jobs.sqlite"} <= {path.name for path in made}
+        held[name] = {path for path in (tmp_path / name / "blobs").rglob("*") if path.is_file()}
+        assert held[name]
+    for name in NAMES:
+        with House(tmp_path / name, tenant="other") as house:
+            cleanup.sweep_orphans(house.runtime, grace=0)
+            assert house.runtime.blobs.keys("videos/")
+    assert held == {name: {p for p in (tmp_path / name / "blobs").rglob("*") if p.is_file()} for name in NAMES}
+
+
+@pytest.mark.parametrize("url", ["file:///srv/lib#1/blobs", "file:///srv/what?/blobs"])
+def test_a_file_url_that_names_another_folder_than_it_seems_to_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="%23"):
+        Settings(blobs=url)
+
+
+def test_a_file_url_is_unquoted_the_same_way_by_reads_and_writes(tmp_path: Path) -> None:
+    blobs = Blobs((tmp_path / "100% #1?").as_uri(), tmp_path / "scratch")
+    blobs.put("videos/col_1/vid_1", b"bytes")
+    assert blobs.get("videos/col_1/vid_1") == (tmp_path / "100% #1?/videos/col_1/vid_1").read_bytes() == b"bytes"
