@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from anyio import to_thread
-from starlette.requests import ClientDisconnect, Request
-from streaming_form_data import ParseFailedException, StreamingFormDataParser
-from streaming_form_data.targets import BaseTarget, ValueTarget
-from streaming_form_data.validators import MaxSizeValidator, ValidationError
+from starlette.requests import Request
 
 from indexer.formats import HEAD_BYTES, looks_like_video
 from service.middleware import content_length
+from service.multipart import Malformed, Multipart
 
 FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = HEAD_BYTES
@@ -64,24 +61,44 @@ class Upload:
         return value
 
 
-class _File(BaseTarget):  # type: ignore[misc]
+class _Text:
+    """Keeps a small part in memory."""
+
+    def __init__(self) -> None:
+        self.value = b""
+        self._seen = False
+
+    def begin(self, filename: str | None) -> None:
+        if self._seen:
+            raise InvalidUpload("there is more than one part of a name")
+        self._seen = True
+
+    def take(self, data: bytes) -> None:
+        self.value += data
+        if len(self.value) > FIELD_BYTES:
+            raise InvalidUpload(f"a part other than 'file' is over {FIELD_BYTES} bytes")
+
+    def end(self) -> None: ...
+
+
+class _File:
     """Writes to disk and hashes; refuses what is over the limit, and what is no video as soon as that can be told."""
 
     def __init__(self, path: Path, limit: int, video: bool) -> None:
-        super().__init__()
         self._path, self._limit, self._video = path, limit, video
         self.size = 0
+        self.filename: str | None = None
         self.seen = self.whole = False
         self._hash = hashlib.sha256()
         self._head = b""
 
-    def on_start(self) -> None:
+    def begin(self, filename: str | None) -> None:
         if self.seen:
             raise InvalidUpload("there is more than one part 'file'")
-        self.seen = True
+        self.seen, self.filename = True, filename
         self._out = self._path.open("wb")
 
-    def on_data_received(self, chunk: bytes) -> None:
+    def take(self, chunk: bytes) -> None:
         self.size += len(chunk)
         if self.size > self._limit:
             raise FileTooLarge(f"the file is over the limit of {self._limit} bytes")
@@ -92,7 +109,7 @@ class _File(BaseTarget):  # type: ignore[misc]
         self._hash.update(chunk)
         self._out.write(chunk)
 
-    def on_finish(self) -> None:
+    def end(self) -> None:
         self._out.close()
         self.whole = True
         if self._video and 0 < len(self._head) < SNIFF_BYTES:
@@ -123,15 +140,13 @@ async def receive(
         path = Path(handle.name)
     target = _File(path, limit, video)
     try:
-        with _parse_errors():
-            parser = StreamingFormDataParser(headers=request.headers)
-            parser.register("file", target)
-            values = {name: ValueTarget(validator=MaxSizeValidator(FIELD_BYTES)) for name in fields}
-            for name, value in values.items():
-                parser.register(name, value)
-        async for chunk in request.stream():
-            with _parse_errors():
-                await to_thread.run_sync(parser.data_received, chunk)
+        values = {name: _Text() for name in fields}
+        try:
+            parser = Multipart(request.headers["content-type"], {**values, "file": target})
+            async for chunk in request.stream():
+                await to_thread.run_sync(parser.feed, chunk)
+        except Malformed as error:
+            raise InvalidUpload(f"the multipart body is broken: {error}") from error
         if not target.seen:
             raise InvalidUpload("there is no part 'file'")
         if not target.whole:
@@ -139,7 +154,7 @@ async def receive(
         if target.size == 0:
             raise EmptyFile("the file is empty")
         texts = {name: value.value.decode("utf-8", "replace") for name, value in values.items() if value.value}
-        return Upload(path, _label(target.multipart_filename), target.sha256, target.size, texts)
+        return Upload(path, _label(target.filename), target.sha256, target.size, texts)
     except BaseException:
         path.unlink(missing_ok=True)
         with suppress(OSError):  # the disk may be full: what is buffered cannot be written
@@ -168,19 +183,6 @@ def check_container(head: bytes) -> None:
 def _within(value: Any, levels: int) -> bool:
     inner = list(value.values()) if isinstance(value, dict) else value
     return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
-
-
-@contextmanager
-def _parse_errors() -> Iterator[None]:
-    """The parser wraps what its targets raise; ours come out as they are."""
-    try:
-        yield
-    except (InvalidUpload, EmptyFile, FileTooLarge, UnsupportedMedia, ClientDisconnect):
-        raise
-    except ValidationError as error:
-        raise InvalidUpload(f"a part other than 'file' is over {FIELD_BYTES} bytes") from error
-    except (ParseFailedException, ValueError, KeyError) as error:
-        raise InvalidUpload(f"the multipart body is broken: {error}") from error
 
 
 def _label(filename: str | None) -> str:
