@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from service import catalog, errors
 from service.jobs import Jobs
 from service.metrics import HouseCollector
-from service.middleware import Metrics, Observe
+from service.middleware import Head, Metrics, Observe
 from service.routes import adapters, admin, archive, collections, health, media, search, tasks, videos
 from service.routes.access import House
 from service.runtime import Runtime
@@ -45,6 +45,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app.state.metrics = Metrics()
     app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
+    app.add_middleware(Head)
     errors.install(app)
     for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)

@@ -76,6 +76,8 @@ FAULTS: dict[Fault, tuple[int, str, str, int]] = {  # and the seconds after whic
     "read_only": (503, "storage_read_only", "the disk cannot be written to: nothing was stored; searches go on", 60),
     "busy": (503, "database_busy", "another process has held the database's write lock for too long", 5),
 }
+MAX_ERRORS = 20  # listed in one answer
+MAX_DETAIL = 1000  # characters of what tells of a fault: it may quote what the client sent
 PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
 
 
@@ -107,18 +109,23 @@ def problem(
         "type": f"urn:polyclip:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
+        "detail": _cut(detail),
         "code": code,
         "request_id": getattr(request.state, "request_id", ""),
     }
     if errors:
-        body["errors"] = list(errors)
+        body["errors"] = [{name: _cut(value) for name, value in error.items()} for error in errors[:MAX_ERRORS]]
+        body["errors_left_out"] = max(0, len(errors) - MAX_ERRORS)
     extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         extra.setdefault("Retry-After", "2")
     return Response(json.dumps(body), status, extra, media_type="application/problem+json")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 1] + "…"
 
 
 def _handler(status: int, code: str) -> Any:
@@ -161,7 +168,7 @@ def _invalid_request(request: Request, error: Exception) -> Response:
     places = [
         {"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()
     ]
-    detail = "; ".join(f"{place['pointer'] or 'body'}: {place['detail']}" for place in places)
+    detail = "; ".join(f"{_cut(place['pointer']) or 'body'}: {_cut(place['detail'])}" for place in places[:MAX_ERRORS])
     return problem(request, 422, "invalid_request", detail, places)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -36,6 +37,37 @@ def content_length(headers: Headers) -> int:
     """What the client says; 0 where it says nothing, or no number."""
     told = headers.get("content-length", "")
     return int(told) if len(told) < 20 and told.isascii() and told.isdigit() else 0
+
+
+class Head:
+    """ASGI middleware: HEAD is answered as GET is, without the body; what would make the body is ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        answered = asyncio.Event()
+
+        async def bodiless(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+                answered.set()
+
+        answer = asyncio.ensure_future(self._app({**scope, "method": "GET"}, receive, bodiless))
+        head = asyncio.ensure_future(answered.wait())
+        try:
+            await asyncio.wait((answer, head), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            head.cancel()
+            if answered.is_set():
+                answer.cancel()
+            await asyncio.wait((answer,))
+        if not answered.is_set():
+            answer.result()
 
 
 class Observe:

@@ -6,6 +6,9 @@ import base64
 import binascii
 import re
 
+MAX_OFFSET = 10_000  # a page so far on is not given: each page of a search finds all before it again
+_FORMS = {"offset": "[0-9]{1,5}", "id": "[a-z]{1,16}_[0-9a-z]{26}"}
+
 
 class InvalidPageToken(ValueError):
     """The token is not one that this list gave out."""
@@ -26,6 +29,6 @@ def decode(kind: str, token: str | None) -> str | None:
         found, position = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode().split(":", 1)
     except (binascii.Error, ValueError) as error:
         raise InvalidPageToken("the page token is not one of ours") from error
-    if found != kind or (kind == "offset" and not re.fullmatch("[0-9]{1,15}", position)):
+    if found != kind or not re.fullmatch(_FORMS[kind], position) or (kind == "offset" and int(position) > MAX_OFFSET):
         raise InvalidPageToken("the page token is of another list")
     return position

@@ -155,6 +155,7 @@ class Problem(BaseModel):
     code: str
     request_id: str
     errors: list[dict[str, Any]] | None = None
+    errors_left_out: int | None = None
 
 
 def settings_json(settings: CollectionSettings) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
     """One page of what was found, with signed URLs."""
     page = found.hits[offset : offset + limit]
     url = media_urls(house, request)
-    more = len(found.hits) > offset + limit
+    more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
     warnings = []
     if found.truncated:
         length = house.runtime.backbone.context_length

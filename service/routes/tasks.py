@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -84,7 +85,7 @@ async def events(
     seen the end gets 204, after which an `EventSource` does not come back.
     """
     first = await to_thread.run_sync(_task, house, tenant.id, task_id)
-    told = int(last) if last is not None and last.isdecimal() else -1
+    told = int(last) if last is not None and re.fullmatch("[0-9]{1,18}", last) else -1
     if first.revision <= told and first.status not in OPEN:
         return Response(status_code=204)
 
