@@ -479,10 +479,10 @@ def _rgb(frame: Any, sampling: Sampling) -> Picture:
         scale = min(1.0, 2 * sampling.short_side / min(frame.width, frame.height))
         width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
         matrix = None if frame.colorspace not in (0, 2) else "BT2020"  # 0, 2: not told
-        wide = frame.reformat(width, height, "rgb48le", src_colorspace=matrix, interpolation="AREA")
+        wide = frame.reformat(width, height, "rgb48le", src_colorspace=matrix, interpolation="AREA", threads=1)
         picture = to_sdr(wide.to_ndarray(), frame.color_trc)
     else:
-        picture = frame.to_ndarray(format="rgb24")
+        picture = frame.to_ndarray(format="rgb24", threads=1)
     transposed, mirrored, upside_down = _orientation(frame)
     picture = picture.transpose(1, 0, 2) if transposed else picture
     return np.ascontiguousarray(picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1])

@@ -1,6 +1,8 @@
 """Real files of every kind go in; what comes out is checked by the time that the pictures themselves show."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -13,6 +15,7 @@ from PIL import Image
 from videos import clock, corner, garbled, sideways, time_shown, truncated, write_sound, write_video
 
 from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Decoder, Sampling, decode, probe
+from indexer.sandbox import ENVIRONMENT
 
 
 @pytest.fixture
@@ -51,6 +54,31 @@ KINDS = [
     ("a.avi", "mpeg4", "decord"),
     ("stream.mpg", "mpeg2video", "pyav"),
 ]
+
+
+def test_no_kind_needs_another_process_or_thread_which_the_cage_forbids(tmp_path: Path) -> None:
+    story = """
+import os, resource, sys
+from pathlib import Path
+from indexer.decode import decode
+from indexer.sandbox import import_decoders
+import_decoders("pyav")
+if os.geteuid() == 0:  # root is exempt
+    os.setgroups([])
+    os.setuid(65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+for name in sys.argv[1:]:
+    os.mkdir(f"{name}.out")
+    print(name, decode(Path(name), Path(f"{name}.out")).facts.decoder)
+"""
+    options = {"x264-params": "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"}
+    names = [write_video(tmp_path / name, codec=codec).name for name, codec, _ in KINDS]
+    names.append(write_video(tmp_path / "hdr.mp4", pixels="yuv420p10le", options=options).name)
+    tmp_path.chmod(0o777)
+    environment = {**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", story, *names]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told.stdout.split("\n") == [*(f"{name} pyav" for name in names), ""], told.stderr
 
 
 @pytest.mark.parametrize(("name", "codec", "decoder"), KINDS, ids=[name for name, _, _ in KINDS])
