@@ -137,6 +137,7 @@ def train(
 ) -> None:
     """Train an adapter for a collection, without a running service, and activate it if it is better."""
     from service.offline import train_collection
+    from training.display import evidence
 
     if activate not in ("if_better", "always", "never"):
         raise typer.BadParameter("--activate is if_better, always or never")
@@ -153,10 +154,12 @@ def train(
         out.print_json(data=result)
         return
     before, after = (result["metrics"][side]["text_to_video"] for side in ("before", "after"))
-    table = Table("validation", "R@1", "R@5", "R@10", "MdR")
+    table = Table(f"validation, {after['queries']} queries", "R@1", "R@5", "R@10", "MdR")
     for name, recall in (("frozen backbone", before), (f"adapter {result['digest'][:12]}", after)):
         table.add_row(name, *(f"{recall[key]:g}" for key in ("R@1", "R@5", "R@10", "MdR")))
     out.print(table)
+    for line in evidence(result, after["queries"]):
+        out.print(line, markup=False, soft_wrap=True)
     out.print(f"{'activated' if result['activated'] else 'not activated'}: {result['reason']}", markup=False)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -31,11 +33,13 @@ from service.runtime import Runtime
 from service.supervisor import without_root_key
 from training.dataset import Pair
 from training.evaluation import Evaluation
-from training.recipe import Recipe
+from training.recipe import InvalidRecipe, Recipe
+from training.trainer import EVIDENCE, MINIMUM_QUERIES
 
 log = structlog.get_logger()
 
 MINIMUM_VIDEOS = 10
+GRACE, GRACE_SECONDS = 1.5, 600.0  # a training is waited for so much longer than its steps may take: decoding, folds
 TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
 OUT_OF_MEMORY = (  # in the words of torch, oneDNN, Python, C++
     "out of memory",
@@ -59,6 +63,10 @@ class TrainingFailed(RuntimeError):
         self.code = code
 
 
+class TurnOver(RuntimeError):
+    """The training has stopped at a checkpoint, for another tenant's that waits."""
+
+
 class Cancelled(RuntimeError):
     """The task was cancelled by its owner."""
 
@@ -73,21 +81,33 @@ def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
 def check_recipe(runtime: Runtime, values: Mapping[str, Any]) -> Recipe:
     """A recipe from outside, within this service's limits. Raises InvalidRecipe."""
     recipe = Recipe.of(values)
+    if recipe.method == "full":
+        raise InvalidRecipe("recipe.method must be adapter: a collection has no backbone of its own (python -m training has)")
     recipe.shape(runtime.backbone.dims)
-    recipe.check_rank(runtime.settings.largest_rank)
+    settings, epochs = runtime.settings, runtime.settings.training_epochs
+    steps, batch = settings.training_steps, settings.training_batch
+    recipe.check_limits(
+        {"rank": settings.largest_rank, "steps": steps, "minimum_steps": steps, "epochs": epochs, "batch_size": batch}
+    )
     return recipe
 
 
 def train_adapter(
-    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], spread: Spread | None = None
+    runtime: Runtime,
+    tenant: str,
+    task: Task,
+    progress: Callable[[float, str], None],
+    spread: Spread | None = None,
+    waited_for: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains, publishes and, as `activate` asks, activates an adapter; returns the task's result.
 
     May be run again after a crash: training goes on from its last checkpoint, unless videos or captions have changed, and a
     version that has been published is not trained again: the task's row names it. `progress` may raise Cancelled.
+    After a turn's time, where another tenant's training is `waited_for`, raises TurnOver.
     """
     collection_id = str(task.collection_id)
-    made = task.result or _trained(runtime, tenant, task, progress)
+    made = task.result or _trained(runtime, tenant, task, progress, waited_for)
     with runtime.database.read() as connection:
         version = catalog.adapter(connection, tenant, collection_id, made["adapter_id"])
         known = catalog.generations_of(connection, tenant, collection_id)
@@ -96,6 +116,7 @@ def train_adapter(
         **made,
         "digest": version.digest,
         "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain") if name in metrics},
+        **{name: metrics[name] for name in EVIDENCE if name in metrics},
     }
     wanted = task.request["activate"]
     activated, reason = verdict(metrics, wanted)
@@ -112,13 +133,15 @@ def train_adapter(
     return {**result, "reason": reason, **done}
 
 
-def _trained(runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None]) -> dict[str, Any]:
+def _trained(
+    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], waited_for: Callable[[], bool]
+) -> dict[str, Any]:
     """Trains and publishes; notes in the task's row what came of it, which names the version from then on."""
     collection_id = str(task.collection_id)
     out = _folder(runtime, task)
     if not (out / "manifest.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        _train(runtime, tenant, collection_id, task.request["recipe"], out, progress)
+        _train(runtime, tenant, collection_id, task.request["recipe"], out, progress, waited_for)
     version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
     made = {"adapter_id": version.id, "trained_at": now()}
     with runtime.database.write() as connection:
@@ -138,13 +161,17 @@ def _folder(runtime: Runtime, task: Task) -> Path:
 
 def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
     """Whether a trained adapter is activated, and why: `if_better` asks that its R@1 on the held-out videos is no worse than
-    that of what is in use now, measured on the same captions.
+    that of what is in use now, measured on the same captions, and that these are enough to tell.
     """
     if wanted == "always":
         return True, "asked to activate in any case"
     if wanted == "never":
         return False, "asked not to activate"
     now, rival = ("in_use", "the adapter in use") if "in_use" in metrics else ("before", "no adapter")
+    if metrics.get("not_enough_evidence"):
+        queries = metrics["after"]["text_to_video"].get("queries", 0)
+        needed = f"at least {MINIMUM_QUERIES} are needed to compare it with {rival}"
+        return False, f"not enough evidence: {queries} held-out queries, {needed}"
     before, after = (metrics[side]["text_to_video"]["R@1"] for side in (now, "after"))
     gain = metrics["gain"]
     sure = f"{gain['mean']:+.1f}, 95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}"
@@ -268,12 +295,15 @@ def _train(
     recipe: Mapping[str, Any],
     out: Path,
     progress: Callable[[float, str], None],
+    waited_for: Callable[[], bool],
 ) -> None:
+    limit, turn = runtime.settings.training_seconds, runtime.settings.training_turn_seconds
     check_recipe(runtime, recipe)
     with ExitStack() as stack:
         dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl")
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
         command += ["--backbone", runtime.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(runtime.device)]
+        command += ["--seconds", str(limit)]
         if (rival := _in_use(runtime, tenant, collection_id, stack)) is not None:
             command += ["--rival", str(rival)]
         if runtime.choice.pretrained is not None:
@@ -295,19 +325,36 @@ def _train(
         listener = threading.Thread(target=_read, args=(child.stderr, last_words.append), daemon=True)
         listener.start()
         share, note, recall = 0.0, "preparing", ""
+        started, stepping, asked = time.monotonic(), math.inf, False
         for line in _lines(child.stdout):
+            clock = time.monotonic()
+            if clock - started > GRACE * limit + GRACE_SECONDS:
+                raise TrainingFailed("training_timeout", f"the training has not ended long after its {limit:g} s")
+            if clock - stepping > turn and not asked and waited_for():
+                asked = True
+                child.terminate()  # it stops after a checkpoint
             if line is None:
                 progress(share, note)
                 continue
             event = json.loads(line)
+            if event["event"] == "error" and event["code"] == "stopped" and asked:
+                raise TurnOver(event["detail"])
             if event["event"] == "error":
                 raise _failure(event["code"], event["detail"])
             if event["event"] == "resumed":
                 log.info("training_resumed", collection=collection_id, step=event["step"])
             if event["event"] == "validation":
                 recall = f", validation R@1 {event['text_to_video']['R@1']:g}"
+            if event["event"] == "step":
+                stepping = min(stepping, clock)
+                share = TRAINING * event["step"] / event["work"]
+            if event["event"] == "cross_validation":
+                stepping = math.inf  # what it has done it would do anew
+                share = TRAINING * (1 + event["step"] / event["steps"]) / 2
+                note = f"cross-validation: part {event['step'] + 1} of {event['steps']}{recall}"
+                progress(share, note)
             if event["event"] in ("step", "validation"):
-                share, note = TRAINING * event["step"] / event["steps"], f"step {event['step']} of {event['steps']}{recall}"
+                note = f"step {event['step']} of {event['steps']}{recall}"
                 progress(share, note)
         if child.wait() == -signal.SIGKILL and _killed_for_memory() > killed:
             raise _failure("out_of_memory", "the system killed it")

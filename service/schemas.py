@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.settings import SHORTEST_SEGMENT
+from training.recipe import Recipe
 
 MAX_TEXT = 10_000
 PageLimit = Annotated[int, Field(ge=1, le=50)]
@@ -71,7 +72,11 @@ class Captions(In):
 
 
 class TrainRequest(In):
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field(
+        default={},
+        description="Fields of the training; those not given have their defaults. The service's limits are in its settings.",
+        json_schema_extra=Recipe.json_schema(),
+    )
     scope: Literal["both", "text", "vision"] | None = None
     activate: Literal["if_better", "always", "never"] = "if_better"
 

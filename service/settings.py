@@ -73,6 +73,15 @@ class Settings(BaseSettings):
     queue_texts: int = Field(1024, ge=2, description="Texts that may wait to be encoded, half of them one tenant's.")
     search_seconds: float = Field(20.0, gt=0, description="How long a text may wait to be encoded, in seconds.")
     batch_frames: int = Field(96, ge=1, description="Largest batch of frames in one forward pass.")
+    training_seconds: float = Field(
+        6 * 3600, gt=0, description="Time for the steps of one training, in seconds; it ends with the best adapter until then."
+    )
+    training_turn_seconds: float = Field(
+        600.0, gt=0, description="Steps after which a training lets another tenant's that waits go first, in seconds."
+    )
+    training_steps: int = Field(100_000, ge=1, description="Most optimiser steps that a recipe may ask for.")
+    training_epochs: float = Field(100.0, gt=0, description="Most epochs that a recipe may ask for.")
+    training_batch: int = Field(512, ge=2, description="Largest batch that a recipe may ask for, in pairs.")
     keep_generations: int = Field(2, ge=0, description="Retired generations that each collection keeps, ready for a switch.")
     keep_generation_days: float = Field(30.0, ge=0, description="Days after which a retired generation is removed.")
     job_tries: int = Field(6, ge=1, description="Tries of a task that fails by what may pass, minutes apart at last.")

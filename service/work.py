@@ -9,6 +9,7 @@ its queue as if it had not been started, and what has been done of it is in the 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import threading
@@ -34,7 +35,7 @@ from service.faults import ERRNO, fault_of
 from service.generations import Progress, Spread
 from service.imports import ImportFailed
 from service.jobs import Jobs
-from service.learning import Cancelled, TooFewCaptions, TrainingFailed
+from service.learning import Cancelled, TooFewCaptions, TrainingFailed, TurnOver
 from service.runtime import OtherBackbone, Runtime
 from training.recipe import InvalidRecipe
 
@@ -67,6 +68,7 @@ TRAINING_MAY_PASS = ("io_error", "in_use", "stopped")
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a task is tried again; three times as long after each try
 PROBATION = 60.0  # seconds after which a suspect that still runs does not hold up the next one
 REPORT_SECONDS = 0.5
+TURN_WAIT, TURN_WAITS = 2.0, 5  # seconds for another tenant's training to start in, and how often it is let go first
 CHUNKS_AHEAD = 32  # workflows of a job that are handed out at once
 CHUNKS_TOGETHER = 8  # of a large collection, in one workflow
 CHUNKS_LOOK = 0.25  # seconds
@@ -94,6 +96,8 @@ class Shift:
         self.running: dict[str, Task] = {}
         self._turn = threading.Condition()
         self._suspect, self._since = "", 0.0
+        self._turns: dict[str, float] = {}  # when each tenant's last training had its turn
+        self._waits: dict[str, int] = {}  # how often in a row a training has let others go first
 
     def run(self, tenant: str, task_id: str, tries: int = 1) -> dict[str, Any] | None:
         """Runs a task to its end and returns None; or returns after how many seconds to try again, and which try that is."""
@@ -132,14 +136,34 @@ class Shift:
     def at_rest(self) -> bool:
         return not self.running and all(child.poll() is not None for child in self.runtime.trainers.copy())
 
-    def give_back(self, task: Task) -> None:
+    def others_wait_for_training(self, task: Task) -> list[str]:
+        """Other tenants with a training that waits in the queue."""
+        with self.runtime.database.read() as connection:
+            waiting = [other for other in catalog.open_tasks(connection) if other.kind == task.kind]
+        mine = task.tenant_id
+        return [t.tenant_id for t in waiting if t.status == "queued" and t.tenant_id != mine and not t.request.get("offline")]
+
+    def take_turn(self, task: Task) -> None:
+        """Trainings take turns by tenant: raises TurnOver where a tenant waits whose last turn is longer ago.
+
+        It goes first, but is not waited for long: it may be one that is put off.
+        """
+        mine = self._turns.get(task.tenant_id, -math.inf)
+        if any(self._turns.get(other, -math.inf) < mine for other in self.others_wait_for_training(task)):
+            self._waits[task.id] = self._waits.get(task.id, 0) + 1
+            if self._waits[task.id] <= TURN_WAITS:
+                raise TurnOver("another tenant's training goes first")
+        self._waits.pop(task.id, None)
+        self._turns[task.tenant_id] = time.monotonic()
+
+    def give_back(self, task: Task, message: str = "the worker was restarted") -> None:
         """Puts a running task back into its queue; this start does not count."""
         with self.runtime.database.write() as connection:
             try:
                 attempts = max(0, catalog.lock_task(connection, task.tenant_id, task.id).attempts - 1)
             except NotFound:
                 return
-            catalog.stop_task(connection, task.tenant_id, task.id, "the worker was restarted", attempts)
+            catalog.stop_task(connection, task.tenant_id, task.id, message, attempts)
 
     def pause_if_stopping(self, task: Task | None = None) -> None:
         """Does not return once the worker stops: nothing that waits for it, no clean-up of a failure, must run on then."""
@@ -166,6 +190,9 @@ class Shift:
             result = KINDS[task.kind](self, task, report)
         except Exception as error:
             self.pause_if_stopping(task)
+            if isinstance(error, TurnOver):
+                patiently(lambda: self.give_back(task, "waiting for its turn"))
+                return {"seconds": TURN_WAIT, "tries": tries}
             if _may_pass(error):
                 return self._put_off(task, error, 1 if report.advanced else tries)
             if isinstance(error, Cancelled):
@@ -291,7 +318,7 @@ class Report:
         self._shift.pause_if_stopping(self._task)
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self.check()
-            best = max(self._best, round(progress, 4))
+            best = max(self._best, round(progress, 6))
             if (best, message) != (self._best, self._message):
                 self._best, self._message = best, message
                 cleared = {"attempts": 1} if best > self._before and not self.advanced else {}
@@ -348,7 +375,11 @@ def _index_video(shift: Shift, task: Task, report: Report) -> None:
 
 
 def _train_adapter(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    return learning.train_adapter(shift.runtime, task.tenant_id, task, report, shift.spread(task))
+    def waited_for() -> bool:
+        return bool(shift.others_wait_for_training(task))
+
+    shift.take_turn(task)
+    return learning.train_adapter(shift.runtime, task.tenant_id, task, report, shift.spread(task), waited_for)
 
 
 def _activate(shift: Shift, task: Task, report: Report) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The documentation says what is true: settings, commands, files."""
 
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from indexer.formats import as_markdown
 from service.cli import app
 from service.settings import Settings
+from training.recipe import RANGES, Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,3 +60,15 @@ def test_nothing_over_a_megabyte_but_the_built_in_weights() -> None:
     large = {name for name in files if name and (ROOT / name).exists() and (ROOT / name).stat().st_size > 1_000_000}
     assert large <= {"backbone/weights/builtin.safetensors"}
     assert (ROOT / "backbone/weights/builtin.safetensors").stat().st_size <= 25_000_000
+
+
+def test_every_recipe_field_is_documented_with_its_default_and_range() -> None:
+    schema = Recipe.json_schema()["properties"]
+    assert set(schema) == {*(field.name for field in fields(Recipe)), "preset"}
+    table = (ROOT / "docs" / "training.md").read_text()
+    documented = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) ?\| (.*?) \|$", table, re.MULTILINE)}
+    for name, value in Recipe().to_json().items():
+        default, limits, about = documented[name]
+        assert default == (json.dumps(value).strip('"') if not isinstance(value, float) else f"{value:g}"), name
+        assert about == schema[name]["description"] and schema[name]["default"] == value
+        assert tuple(map(float, limits.split(" to "))) == RANGES[name] if name in RANGES else not limits

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from training.display import Bar, JsonLines, errors, print_json
+from training.display import Bar, JsonLines, errors, evidence, print_json
 
 if TYPE_CHECKING:
     from backbone import Backbone
@@ -62,6 +62,7 @@ def main(
     report: Annotated[Path | None, typer.Option(help="HTML report to write, and JSON beside it")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="folder for TensorBoard's event files")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one")] = None,
+    seconds: Annotated[float | None, typer.Option(help="time for the steps; the run ends with the best that it has")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of a progress bar")] = False,
 ) -> None:
     """Train a Cross-Modal Adapter; prints validation recall as it goes."""
@@ -75,7 +76,8 @@ def main(
     try:
         with show:
             fields = {**({"preset": preset} if preset else {}), **_object(recipe)}
-            done = run(source, out, backbone, pretrained, fields, parent, device, show.report, test, report, tensorboard, rival)
+            how = (parent, device, show.report, test, report, tensorboard, rival, seconds)
+            done = run(source, out, backbone, pretrained, fields, *how)
     except Exception as error:
         code = _code(error)
         detail = " ".join(str(error).split()) or type(error).__name__
@@ -89,8 +91,11 @@ def main(
     if json_lines:
         print_json({"event": "done", **done})
     else:
+        for line in evidence(done, done["queries"]):
+            Console().print(line, markup=False, soft_wrap=True)
         tested = f", test R@1 {done['test']}" if done["test"] is not None else ""
-        Console().print(f"R@1 {done['before']} → {done['after']}{tested}; {done['digest'][:12]} in {out}", markup=False)
+        recall = f"R@1 {done['before']} → {done['after']} ({done['queries']} held-out queries)"
+        Console().print(f"{recall}{tested}; {done['digest'][:12]} in {out}", markup=False)
 
 
 def run(
@@ -106,15 +111,18 @@ def run(
     html: Path | None = None,
     tensorboard: Path | None = None,
     rival_file: Path | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Trains and publishes into `out`; returns `{digest, before, after, test, seconds}` (R@1, text to video, in per cent)."""
+    """Trains and publishes into `out`; returns `{digest, before, after, queries, test, seconds}` (R@1, text to video, in per
+    cent, of so many held-out queries), and what of `timed_out`, `not_enough_evidence`, `cross_validation` there is.
+    """
     import torch
 
     import adapters_store
     from backbone import load_backbone
     from training.ranks import Ranks
     from training.recipe import Recipe
-    from training.trainer import Rival, train
+    from training.trainer import EVIDENCE, FOLDS, Rival, train
 
     started = time.monotonic()
     corpus = source.corpus()
@@ -143,8 +151,9 @@ def run(
         if not ranks.first:
             loaded = source.load(corpus, scratch, backbone.image_size, tell, decode=False)
         trained = train(
-            backbone, loaded, recipe, tell, start, rival, folder=out, scratch=scratch, ranks=ranks, stop=stop
-        )
+            backbone, loaded, recipe, tell, start, rival, folder=out, scratch=scratch, ranks=ranks, stop=stop,
+            seconds=seconds, folds=FOLDS,
+        )  # fmt: skip
         done: dict[str, Any] = {}
         if ranks.first:
             tested = _test(backbone, loaded, recipe, trained) if test else None
@@ -157,8 +166,10 @@ def run(
                 "digest": digest,
                 "before": trained.metrics["before"]["text_to_video"]["R@1"],
                 "after": trained.metrics["after"]["text_to_video"]["R@1"],
+                "queries": trained.metrics["after"]["text_to_video"]["queries"],
                 "test": None if tested is None else tested["text_to_video"]["R@1"],
                 "seconds": round(time.monotonic() - started, 1),
+                **{name: trained.metrics[name] for name in EVIDENCE if name in trained.metrics},
             }
         ranks.wait()
     ranks.leave()
@@ -317,7 +328,7 @@ def _code(error: Exception) -> str:
     from training.dataset import InvalidDataset
     from training.published import InvalidCorpus
     from training.recipe import InvalidRecipe
-    from training.trainer import Stopped, TrainingDiverged
+    from training.trainer import Stopped, TimedOut, TrainingDiverged
 
     codes: dict[type[Exception], str] = {
         InvalidRecipe: "invalid_recipe",
@@ -326,6 +337,7 @@ def _code(error: Exception) -> str:
         DamagedFrames: "damaged_frames",
         TrainingDiverged: "training_diverged",
         Stopped: "stopped",
+        TimedOut: "training_timeout",
         InUse: "in_use",
         AdapterMismatch: "adapter_mismatch",
         InvalidAdapter: "invalid_adapter",

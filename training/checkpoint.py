@@ -23,6 +23,7 @@ class Progress:
     """`step` steps are done. Batches and frames come from the seed and the step's number, so nothing else is needed."""
 
     step: int = 0
+    seconds: float = 0.0  # that the steps took
     curve: list[dict[str, Any]] = field(default_factory=list)  # validations
     losses: list[float] = field(default_factory=list)  # one a step
     best: dict[str, Any] = field(default_factory=dict)  # the point of the curve that is kept

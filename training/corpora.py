@@ -63,7 +63,7 @@ class Corpus:
 class _Published:
     """How a data set is read. The first variant is the usual one; file names may leave out `prefix` of the id."""
 
-    read: Callable[[Path, str | None], published.Splits]
+    read: Callable[[Path, str | None, bool], published.Splits]
     frames: int = 12
     words: int = 32
     variants: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ def load_corpus(name: str, root: Path, *, variant: str | None = None, allow_miss
     """The data set `name` (one of CORPORA) of the folder `root`: annotations there, videos in `videos/` or anywhere below.
 
     A `root` of jsonl may be the JSONL file, beside which its videos lie. Raises InvalidCorpus: for files that are absent or
-    broken, for a video that is in two splits, and, unless `allow_missing`, for videos without a file.
+    broken, for a video that is in two splits, and, unless `allow_missing`, for videos without a file or a caption.
     """
     known = _PUBLISHED.get(name)
     if known is None:
@@ -96,7 +96,7 @@ def load_corpus(name: str, root: Path, *, variant: str | None = None, allow_miss
     folder = root.parent if name == "jsonl" and root.is_file() else root
     if not folder.is_dir():
         raise InvalidCorpus(f"{name}: there is no folder {folder}")
-    splits = known.read(root, variant or next(iter(known.variants), None))
+    splits = known.read(root, variant or next(iter(known.variants), None), allow_missing)
     _refuse_leaks(name, ((video, video, split) for split in SPLITS for video in splits.get(split, ())))
     files = _index(folder)
     clips, missing = [], []

@@ -264,10 +264,10 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type[Scalar], new: bool = 
 def _held_out(videos: list[str], share: float) -> Iterator[str]:
     if len(videos) < 2:
         raise InvalidDataset(f"an adapter needs captions of at least 2 training videos, there are {len(videos)}")
-    ordered = sorted(videos, key=_hash)
-    held = [video for video in ordered if _hash(video) < share * 2**64] or ordered[:1]
+    ordered = sorted(videos, key=hash_of)
+    held = [video for video in ordered if hash_of(video) < share * 2**64] or ordered[:1]
     return iter(held[: len(videos) - 1])
 
 
-def _hash(video: str) -> int:
+def hash_of(video: str) -> int:
     return int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big")

@@ -6,12 +6,26 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 errors = Console(stderr=True, highlight=False)
+
+
+def evidence(done: Mapping[str, Any], queries: int) -> Iterator[str]:
+    """What must be known to read the figures of a run, of so many held-out queries."""
+    if "timed_out" in done:
+        yield "the time was over after {steps} of {of} steps: this is the best until then".format(**done["timed_out"])
+    if "not_enough_evidence" in done:
+        yield f"not enough evidence: {queries} held-out queries are too few to tell whether the adapter helps"
+    if (crossed := done.get("cross_validation")) is not None:
+        before, after = (crossed[side]["text_to_video"]["R@1"] for side in ("before", "after"))
+        gain = "{mean:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}".format(**crossed["gain"])
+        told = "cross-validated: R@1 {} → {} ({}) over {queries} queries, {folds} folds of {steps} steps"
+        yield told.format(before, after, gain, **crossed)
 
 
 def print_json(event: dict[str, Any]) -> None:
@@ -61,7 +75,7 @@ class Bar:
         if event["event"] == "resumed":
             self._progress.console.print(f"going on after step {event['step']}")
         loss = f"loss {event['loss']:.3f} · " if event["event"] == "step" else ""
-        what = "decoding" if event["event"] == "decoding" else "training"
+        what = {"decoding": "decoding", "cross_validation": "cross-validation"}.get(event["event"], "training")
         self._progress.update(
             self._task, description=what, completed=event["step"], total=event["steps"], note=loss + self._note
         )

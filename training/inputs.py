@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,16 @@ class Inputs:
 
     def stream(self, first: int, steps: int) -> Iterator[tuple[int, list[Part]]]:
         """(step, parts) from step `first` + 1 up to `steps`."""
-        waiting: deque[Future[list[Part]]] = deque()
+        waiting: deque[tuple[int, Future[list[Part]]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="inputs") as loader:
-            for step in range(first + 1, steps + AHEAD + 1):
-                if step <= steps:
-                    waiting.append(loader.submit(self.parts, step))
-                if len(waiting) > AHEAD or step > steps:
-                    yield step - AHEAD, waiting.popleft().result()
+            ahead = iter(range(first + 1, steps + 1))
+            while True:
+                for step in islice(ahead, AHEAD + 1 - len(waiting)):
+                    waiting.append((step, loader.submit(self.parts, step)))
+                if not waiting:
+                    return
+                step, parts = waiting.popleft()
+                yield step, parts.result()
 
     def clips_of(self, step: int) -> Tensor:
         """(B,) the clip of each row of a step's batch, of all ranks."""

@@ -1,7 +1,8 @@
 """The annotation files of the data sets, as they are published: which video is in which split, with which captions.
 
-A reader takes the folder of the files and a variant and raises InvalidCorpus where a file is not what it should be. What
-the files look like and where they come from is told in docs/datasets.md.
+A reader takes the folder of the files, a variant and whether to leave out listed videos without captions, and raises
+InvalidCorpus where a file is not what it should be. What the files look like and where they come from is told in
+docs/datasets.md.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class InvalidCorpus(ValueError):
     """The files are not the data set that they should be; the message says where and why, in one line."""
 
 
-def msrvtt(root: Path, variant: str | None) -> Splits:
+def msrvtt(root: Path, variant: str | None, allow_missing: bool) -> Splits:
     """Twenty captions a training video; a test video has the one sentence of the 1k-A list."""
     train, test = _find(root, f"MSRVTT_train.{variant}.csv"), _find(root, "MSRVTT_JSFUSION_test.csv")
     path = _find(root, "MSRVTT_data.json")
@@ -55,31 +56,33 @@ def msrvtt(root: Path, variant: str | None) -> Splits:
     for where, row in _rows(test):
         tested.setdefault(_field(row, "video_id", str, where), []).append(_clean(row.get("sentence"), where))
     listed = dict.fromkeys(_field(row, "video_id", str, where) for where, row in _rows(train))
-    return {"train": _of(listed, captions, train), "test": _filled(tested, test)}
+    return {"train": _of(listed, captions, train, allow_missing), "test": _filled(tested, test)}
 
 
-def msvd(root: Path, _: str | None) -> Splits:
+def msvd(root: Path, _: str | None, allow_missing: bool) -> Splits:
     path = _find(root, "captions_msvd.json", "raw-captions.json", "raw-captions.pkl")
     captions = _by_id(path)
-    splits = _lists(root, captions, {"train": "train_list.txt", "validation": "val_list.txt", "test": "test_list.txt"})
+    names = {"train": "train_list.txt", "validation": "val_list.txt", "test": "test_list.txt"}
+    splits = _lists(root, captions, names, allow_missing)
     if unknown := [video for video in captions if not any(video in split for split in splits.values())]:
         logger.warning("%s: %d videos with captions are in no list: %s; left out", path.name, len(unknown), named(unknown))
     return splits
 
 
-def vatex(root: Path, variant: str | None) -> Splits:
+def vatex(root: Path, variant: str | None, allow_missing: bool) -> Splits:
     """`hgr` is the split of Chen et al. 2020, `1k5` CLIP2Video's own test list, whose videos leave the validation list."""
     captions = Captions()
     for path in [path for name in VATEX_CAPTIONS if (path := root / name).is_file()] or [_find(root, *VATEX_CAPTIONS)]:
         captions |= _by_id(path)
     test = {"hgr": "test_list.txt", "1k5": "test1k5_sec_list.txt"}[variant or "hgr"]
-    splits = _lists(root, captions, {"train": "train_list.txt", "validation": "val_list.txt", "test": test})
+    names = {"train": "train_list.txt", "validation": "val_list.txt", "test": test}
+    splits = _lists(root, captions, names, allow_missing)
     if variant == "1k5":
         splits["validation"] = {v: texts for v, texts in splits["validation"].items() if v not in splits["test"]}
     return splits
 
 
-def didemo(root: Path, _: str | None) -> Splits:
+def didemo(root: Path, _: str | None, allow_missing: bool) -> Splits:
     """The descriptions of a video make one paragraph. A list file beside the JSON narrows it, as CLIP4Clip's do."""
     splits = Splits()
     for split, short in (("train", "train"), ("validation", "val"), ("test", "test")):
@@ -87,11 +90,11 @@ def didemo(root: Path, _: str | None) -> Splits:
         rows = ((where, _field(row, "video", str, where), row.get("description")) for where, row in _rows(path))
         splits[split] = _paragraphs(rows, path)
         if (listed := root / f"{short}_list.txt").is_file():
-            splits[split] = _of(_ids(listed), splits[split], listed)
+            splits[split] = _of(_ids(listed), splits[split], listed, allow_missing)
     return splits
 
 
-def activitynet(root: Path, _: str | None) -> Splits:
+def activitynet(root: Path, _: str | None, __: bool) -> Splits:
     """The sentences of a video make one paragraph; val_1 is the test split."""
     splits = Splits()
     for split, names in (
@@ -121,7 +124,7 @@ def _sentences(path: Path) -> Iterator[tuple[str, str, Any]]:
         yield from ((where, video, sentence) for sentence in sentences)
 
 
-def jsonl(root: Path, _: str | None) -> Splits:
+def jsonl(root: Path, _: str | None, __: bool) -> Splits:
     """Lines of {"video": file, "caption": text or "captions": [text, …], "split": one of SPLITS, default train}.
 
     `root` may be the file itself.
@@ -208,16 +211,20 @@ def _ids(path: Path) -> dict[str, None]:
     return dict.fromkeys(line.strip() for line in _read(path).split("\n") if line.strip())
 
 
-def _lists(root: Path, captions: Captions, names: dict[str, str]) -> Splits:
-    return {split: _of(_ids(path), captions, path) for split, name in names.items() if (path := _find(root, name))}
+def _lists(root: Path, captions: Captions, names: dict[str, str], allow_missing: bool) -> Splits:
+    paths = {split: _find(root, name) for split, name in names.items()}
+    return {split: _of(_ids(path), captions, path, allow_missing) for split, path in paths.items()}
 
 
-def _of(listed: dict[str, None], captions: Captions, path: Path) -> Captions:
-    """The captions of the videos that the file `path` lists."""
+def _of(listed: dict[str, None], captions: Captions, path: Path, allow_missing: bool) -> Captions:
+    """The captions of the videos that the file `path` lists; with `allow_missing`, of those that have some."""
     _filled(listed, path)
     if silent := [video for video in listed if video not in captions]:
-        raise InvalidCorpus(f"{path.name}: {len(silent)} of its videos have no captions: {named(silent)}")
-    return {video: captions[video] for video in listed}
+        reason = f"{path.name}: {len(silent)} of its videos have no captions: {named(silent)}"
+        if not allow_missing or len(silent) == len(listed):
+            raise InvalidCorpus(reason)
+        logger.warning("%s; left out", reason)
+    return {video: captions[video] for video in listed if video in captions}
 
 
 def _by_id(path: Path) -> Captions:

@@ -40,7 +40,7 @@ class Recipe:
     precision: Precision = "float32"
     steps: int | None = None  # optimiser steps; None: `epochs` decides, but at least `minimum_steps`
     epochs: float = 5.0
-    minimum_steps: int = 300
+    minimum_steps: int = 300  # 1 where a recipe from outside names `epochs` and not this
     warmup: float = 0.1  # share of the steps
     gradient_clip: float = 1.0
     frames: int = 12  # of each video in a training step, one drawn at random from each of as many equal slices
@@ -83,6 +83,8 @@ class Recipe:
             if not fits or (isinstance(value, bool) and kind is not bool):
                 raise InvalidRecipe(f"recipe.{name} must be {kind.__name__}, not {type(value).__name__}")
             clean[name] = kind(value)
+        if "epochs" in values and "minimum_steps" not in clean:  # whoever asks for epochs gets so many
+            clean["minimum_steps"] = 1
         return cls(**clean)
 
     def shape(self, dims: TowerDims) -> AdapterShape:
@@ -93,16 +95,36 @@ class Recipe:
         except ValueError as error:
             raise InvalidRecipe(str(error)) from error
 
-    def check_rank(self, largest: int) -> None:
-        """Raises InvalidRecipe."""
-        if self.method == "adapter" and self.rank > largest:
-            raise InvalidRecipe(f"recipe.rank is {self.rank}, the largest that is taken here is {largest}")
+    def check_limits(self, largest: Mapping[str, float]) -> None:
+        """Raises InvalidRecipe for a field above its limit."""
+        for name, limit in largest.items():
+            value = getattr(self, name)
+            if value is not None and value > limit:
+                raise InvalidRecipe(f"recipe.{name} is {value:g}, the largest that is taken here is {limit:g}")
 
     def total_steps(self, pairs: int) -> int:
         """Optimiser steps over `pairs` training pairs."""
         if self.steps is not None:
             return self.steps
         return max(self.minimum_steps, round(self.epochs * pairs / self.batch_size))
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of a recipe from outside: every field with its type, default, range, meaning and cost."""
+        kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+        properties: dict[str, Any] = {}
+        hints, defaults = get_type_hints(cls), cls().to_json()
+        for name, about in FIELDS.items():
+            options = get_args(hints[name]) or (hints[name],)
+            words = [option for option in options if isinstance(option, str)]
+            known = next((kinds[option] for option in (bool, int, float) if option in options), "string")
+            low, high = RANGES.get(name, (None, None))
+            facts = {"minimum": low, "maximum": high, "enum": words or None}
+            kind = [known, "null"] if type(None) in options else known
+            told = {key: value for key, value in facts.items() if value is not None}
+            properties[name] = {"type": kind, "default": defaults[name], "description": about, **told}
+        properties["preset"] = {"type": "string", "enum": list(PRESETS), "description": "Values for the fields not given."}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,6 +149,34 @@ RANGES: dict[str, tuple[float, float]] = {
     "validation": (0.01, 0.9),
     "evaluations": (1, 100),
     "seed": (0, 2**31),
+}
+
+FIELDS: dict[str, str] = {  # what each is and what it costs; the defaults are those of Recipe
+    "method": "`adapter`, or `full`: every weight of a copy of the backbone, for comparison in `python -m training` only.",
+    "rank": "Width of the bottleneck. Size, memory and time on the device grow with it.",
+    "shared": "Rows of the up projections that both towers have in common; 0: none. Costs nothing.",
+    "scope": "`both`, `text` or `vision`. `text` trains faster and needs no video embedded again.",
+    "layers": "Only the last blocks get adapters; null: all. Fewer are faster: what lies before is computed once.",
+    "start": "`identity` begins at the frozen backbone, `small` at random weights, the paper's. Costs nothing.",
+    "learning_rate": "At its highest, after the warm-up. Costs nothing.",
+    "weight_decay": "On matrices; biases have none. Costs nothing.",
+    "bias_correction": "Of Adam's moments. Costs nothing.",
+    "batch_size": "Pairs in a step. Time and memory of a step grow with it.",
+    "micro_batch": "Pairs encoded at once; null: the whole batch. Less memory, more time, the same gradient.",
+    "recompute": "Activations are computed again in the backward pass: less memory, more time.",
+    "precision": "`float32` or `bfloat16`, which is faster on a GPU.",
+    "steps": "Optimiser steps; null: `epochs` decides. Time grows with it.",
+    "epochs": "Passes over all pairs, where `steps` is null. One that is given is kept; see `minimum_steps`.",
+    "minimum_steps": "Least number of steps where neither `steps` nor `epochs` is given; beside `epochs`, only if given too.",
+    "warmup": "Share of the steps in which the learning rate rises. Costs nothing.",
+    "gradient_clip": "Largest norm of the gradient. Costs nothing.",
+    "frames": "Frames of each video in a step. Time and memory of a step grow with it.",
+    "words": "Tokens of a caption, start and end included; null: the backbone's context length. Fewer are faster.",
+    "pooling": "Of the frames: `q_score`, which searches use, or `mean`. Costs nothing.",
+    "temperature": "Of the weights of the frames in `q_score`. Costs nothing.",
+    "validation": "Share of the videos that is held out. With fewer than 30 held-out captions a training takes twice as long.",
+    "evaluations": "Validations during the run; each encodes all held-out videos and captions.",
+    "seed": "Of the start, the batches and the frames. Costs nothing.",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

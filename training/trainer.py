@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from backbone import Adapter, AdapterShape, Backbone, Prefix, mean_pool, q_score
 from training import checkpoint
 from training.checkpoint import Progress
-from training.dataset import Dataset, InvalidDataset, Split
+from training.dataset import Dataset, InvalidDataset, Split, hash_of
 from training.evaluation import evaluate, gain_of_hits, hits_at_1
 from training.inputs import Inputs, Part
 from training.optimiser import optimiser_of, warmup_cosine
@@ -26,10 +27,17 @@ from training.recipe import Recipe
 
 Report = Callable[[dict[str, Any]], None]
 CHECKPOINTS = 50  # at most, of a run whose epochs are short
+MINIMUM_QUERIES = 30  # held-out captions below which a difference of recall says nothing
+FOLDS = 5
+EVIDENCE = ("steps", "timed_out", "not_enough_evidence", "cross_validation")  # what must be known to read the metrics
 
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+class TimedOut(RuntimeError):
+    """The time was over before anything was learnt."""
 
 
 class Stopped(RuntimeError):
@@ -50,12 +58,15 @@ class Trained:
 
     `shape` is None after full fine-tuning, whose tensors are the whole backbone's. `final` are the last step's. `metrics`:
     `before` (the frozen backbone), `in_use` (the rival), `after`, and the `gain` of R@1 over the one in use, with its interval.
+    With fewer than MINIMUM_QUERIES held-out captions also `not_enough_evidence` and, where it could be had, `cross_validation`.
+    `hits`: whether each held-out caption found its video, `before` and by the `best`.
     """
 
     shape: AdapterShape | None
     tensors: Mapping[str, Tensor]
     metrics: Mapping[str, Any]
     final: Mapping[str, Tensor]
+    hits: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def on(self, backbone: Backbone) -> tuple[Backbone, Adapter | None]:
         """What encodes with the kept tensors: the backbone with an adapter, or a tuned copy of it without."""
@@ -113,6 +124,8 @@ def train(
     scratch: Path | None = None,
     ranks: Ranks = ALONE,
     stop: Callable[[], bool] = lambda: False,
+    seconds: float | None = None,
+    folds: int = 0,
 ) -> Trained:
     """Trains by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
 
@@ -120,8 +133,9 @@ def train(
     told is over it instead of over the frozen backbone. `report` gets one dict an event:
     `{"event": "step" | "validation" | "resumed", …}`. With `folder`, the run keeps a checkpoint there and goes on from
     one that it finds; with `scratch`, what the frozen layers make of the data is cached there. `stop` is asked after
-    each step.
-    Raises InvalidDataset, InvalidRecipe, TrainingDiverged, Stopped (after a checkpoint), or OSError.
+    each step. After `seconds` of steps, earlier starts included, the run ends with the best that it has. Where too few
+    captions are held out, `folds` short trainings tell more (`cross_validate`; 0: none).
+    Raises InvalidDataset, InvalidRecipe, TrainingDiverged, Stopped (after a checkpoint), TimedOut, or OSError.
     """
     split = dataset.split(recipe.validation)
     _check(split)
@@ -137,10 +151,11 @@ def train(
         learner = Learner(backbone, shape, tensors, recipe)
     optimiser = optimiser_of(learner.tensors, recipe)
     steps = recipe.total_steps(len(split.train))
-    schedule = [warmup_cosine(step, steps, recipe.warmup) for step in range(steps)]
     inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
     validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
     save_every = max(inputs.batches.per_epoch, steps // CHECKPOINTS)
+    fold_steps = len(split.validation) < MINIMUM_QUERIES and ranks.count == 1 and recipe.method != "full" and folds
+    work = 2 * steps if fold_steps else steps  # the folds are about as much again
     run = _name_of(backbone, dataset, recipe, start, rival, ranks)
     path = None if folder is None else folder / "checkpoint.safetensors"
 
@@ -173,9 +188,11 @@ def train(
         validate(0)  # the frozen backbone: zero-shot
         if rival is not None:
             done.rival, done.hits["rival"] = measure(backbone, rival.adapter)
-    for step, parts in inputs.stream(done.step, steps):
+    spent, last = done.seconds, time.monotonic()
+    timed_out = done.step < steps and seconds is not None and ranks.any(spent >= seconds)
+    for step, parts in inputs.stream(done.step, done.step if timed_out else steps):
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * schedule[step - 1]
+            group["lr"] = recipe.learning_rate * warmup_cosine(step - 1, steps, recipe.warmup)
         optimiser.zero_grad(set_to_none=True)
         loss = backward(learner, parts, inputs.clips_of(step), first_layers, ranks)
         if not math.isfinite(loss):
@@ -183,21 +200,80 @@ def train(
         torch.nn.utils.clip_grad_norm_(list(learner.tensors.values()), recipe.gradient_clip)
         optimiser.step()
         done.step = step
+        done.seconds = spent + time.monotonic() - last
+        timed_out = seconds is not None and step < steps and ranks.any(done.seconds >= seconds)
         done.losses.append(round(loss, 6))
         if ranks.first:
             rate = optimiser.param_groups[0]["lr"]
-            report({"event": "step", "step": step, "steps": steps, "loss": done.losses[-1], "lr": rate})
-            if step in validations:
+            report({"event": "step", "step": step, "steps": steps, "work": work, "loss": done.losses[-1], "lr": rate})
+            if step in validations or timed_out:
                 validate(step)
         ranks.wait()
         stopping = ranks.any(stop())
-        if step in validations or step % save_every == 0 or stopping:
+        if step in validations or timed_out or step % save_every == 0 or stopping:
             save()
         if stopping and step < steps:
             raise Stopped(f"stopped after step {step} of {steps}; run it again to go on")
+        if timed_out:
+            break
+    if ranks.first and timed_out and done.step and not done.best:  # the time was over where an earlier start had stopped
+        validate(done.step)
+    if ranks.first and not done.best:
+        raise TimedOut(f"the time was over after {done.seconds:.0f} s and {done.step} of {steps} steps, before a validation")
+    metrics = _metrics(done, split, rival, steps)
+    if fold_steps and not (seconds is not None and done.seconds > seconds / 2):
+        metrics["cross_validation"] = cross_validate(backbone, dataset, recipe, steps, report, folds, stop)
     kept = {**backbone.weights(), **done.kept} if learner.shape is None else done.kept
     final = {name: t.detach().cpu() for name, t in learner.tensors.items()}
-    return Trained(learner.shape, kept, _metrics(done, split, rival), final)
+    return Trained(learner.shape, kept, metrics, final, dict(done.hits))
+
+
+def cross_validate(
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: Recipe,
+    steps: int,
+    report: Report,
+    folds: int = FOLDS,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """What a recipe brings on videos it has not seen, by `folds` trainings that each hold out another part of the videos.
+
+    Each trains a fresh adapter for its share of `steps`, so that all of them together cost one more training of that many,
+    and is measured after its last step: nothing is chosen by the held-out captions. Every caption of the training and the
+    validation split is a query once, among the videos of its fold. Fewer steps than the run itself: its gain is rather
+    understated. None where a fold has nothing to learn from. Raises Stopped, TrainingDiverged, OSError.
+    """
+    videos = sorted({pair.video for pair in dataset.pairs if dataset.splits.get(pair.video) != "test"}, key=hash_of)
+    folds = min(folds, len(videos) // 2)
+    if folds < 2:
+        return None
+    short = replace(recipe, steps=max(1, steps // folds), evaluations=1)
+    found: list[tuple[Trained, list[str]]] = []
+    for fold in range(folds):
+        report({"event": "cross_validation", "step": fold, "steps": folds})
+        held_out = videos[fold::folds]
+        sides = dict.fromkeys(videos, "train") | dict.fromkeys(held_out, "validation")
+        part = replace(dataset, splits={**dataset.splits, **sides})
+        try:
+            trained = train(backbone, part, short, lambda event: None, stop=stop)
+        except InvalidDataset:
+            return None
+        found.append((trained, [pair.video for pair in part.split(recipe.validation).validation]))
+    hits = {side: [hit for trained, _ in found for hit in trained.hits[side]] for side in ("before", "best")}
+    owners = [video for _, fold_videos in found for video in fold_videos]
+    recalls = {
+        "before": round(100 * sum(hits["before"]) / len(owners), 2),
+        "after": round(100 * sum(hits["best"]) / len(owners), 2),
+    }
+    return {
+        "folds": folds,
+        "steps": short.steps,
+        "queries": len(owners),
+        "videos": len(videos),
+        **{side: {"text_to_video": {"R@1": value}} for side, value in recalls.items()},
+        "gain": asdict(gain_of_hits(hits["before"], hits["best"], owners)),
+    }
 
 
 def backward(
@@ -271,13 +347,14 @@ def _name_of(
     return digest.hexdigest()
 
 
-def _metrics(done: Progress, split: Split, rival: Rival | None) -> dict[str, Any]:
+def _metrics(done: Progress, split: Split, rival: Rival | None, steps: int) -> dict[str, Any]:
     directions = ("text_to_video", "video_to_text")
     losses = list(enumerate(done.losses, start=1))
     metrics: dict[str, Any] = {
         "before": {name: done.curve[0][name] for name in directions} if done.curve else {},
         "after": {name: done.best[name] for name in directions} if done.best else {},
         "best_step": done.best.get("step"),
+        "steps": done.step,
         "curve": done.curve,
         "loss": losses[:: max(1, len(losses) // 200)],
         "data": {
@@ -287,6 +364,10 @@ def _metrics(done: Progress, split: Split, rival: Rival | None) -> dict[str, Any
             "validation_pairs": len(split.validation),
         },
     }
+    if done.step < steps:
+        metrics["timed_out"] = {"steps": done.step, "of": steps}
+    if len(split.validation) < MINIMUM_QUERIES:
+        metrics["not_enough_evidence"] = True
     if rival is not None and done.rival:
         metrics["in_use"] = {"digest": rival.digest, **done.rival}
     if done.best:

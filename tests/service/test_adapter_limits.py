@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from serving import new_tenant
 from workshop import Workshop
 
 import adapters_store
 from adapters_store import Fit, InvalidAdapter, pack
 from backbone import AdapterShape, TowerDims
-from service import learning
+from service import catalog, learning
+from service.catalog import Task
+from service.learning import TurnOver
+from service.work import TURN_WAITS, Report, Shift
 
 
 def sent(workshop: Workshop, collection: str, data: bytes) -> Any:
@@ -95,3 +99,80 @@ def test_a_recipe_over_http_asks_for_no_larger_rank(workshop: Workshop, rank: in
     refused = workshop.guest.post(f"/admin/collections/{collection}/adapters", {"recipe": {"rank": rank}})
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid_recipe")
     assert f"recipe.rank is {rank}" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"steps": 1_000_000}, {"minimum_steps": 1_000_000}, {"epochs": 1000}, {"batch_size": 4096}], ids=str
+)
+def test_a_recipe_over_http_keeps_to_the_limits(workshop: Workshop, recipe: dict[str, float]) -> None:
+    (name,) = recipe
+    refused = workshop.guest.post(f"/admin/collections/{workshop.guest.collection()}/adapters", {"recipe": recipe})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_recipe")
+    assert f"recipe.{name}" in refused.json()["detail"]
+
+
+def test_the_gate_stays_shut_where_there_is_not_enough_evidence() -> None:
+    """2 held-out queries, found 1 of 2 and then 2 of 2, are no gain."""
+    sides = {name: {"text_to_video": {"R@1": value, "queries": 2}} for name, value in (("before", 50.0), ("after", 100.0))}
+    metrics = {**sides, "gain": {"mean": 50.0, "low": 0.0, "high": 100.0}}
+    activated, reason = learning.verdict({**metrics, "not_enough_evidence": True}, "if_better")
+    assert not activated and "not enough evidence: 2 held-out queries" in reason
+    assert learning.verdict({**metrics, "not_enough_evidence": True}, "always")[0]
+    assert learning.verdict(metrics, "if_better")[0]
+
+
+def asked(workshop: Workshop) -> Task:
+    """A training that waits."""
+    collection = workshop.id(workshop.guest.collection())
+    with workshop.runtime.database.write() as connection:
+        return catalog.add_task(connection, workshop.tenant, collection, "train_adapter", {"recipe": {}, "activate": "never"})
+
+
+def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tenant has one before anyone has a second; one that has run for its turn is put back for another that waits."""
+    other = Workshop(new_tenant(workshop.guest.client))
+    order: list[str] = []
+    turn_over = {"now": True}
+
+    def train(runtime: Any, tenant: str, task: Task, *rest: Any) -> dict[str, Any]:
+        waited_for = rest[-1]
+        order.append(tenant)
+        if turn_over.pop("now", False) and waited_for():
+            raise TurnOver("stopped after step 7 of 9")
+        return {}
+
+    monkeypatch.setattr(learning, "train_adapter", train)
+    shift = Shift(workshop.runtime)
+    first, second, theirs = asked(workshop), asked(workshop), asked(other)
+    assert shift.run(workshop.tenant, first.id) is not None, "it comes back into the queue"
+    with workshop.runtime.database.read() as connection:
+        waiting = catalog.task(connection, workshop.tenant, first.id)
+    assert (waiting.status, waiting.attempts) == ("queued", 0)
+    assert shift.run(workshop.tenant, second.id) is not None, "the other tenant goes first"
+    assert shift.run(other.tenant, theirs.id) is None
+    assert shift.run(workshop.tenant, second.id) is None and shift.run(workshop.tenant, first.id) is None
+    assert order == [workshop.tenant, other.tenant, workshop.tenant, workshop.tenant]
+
+
+def test_a_tenant_whose_training_never_comes_holds_up_nobody(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Workshop(new_tenant(workshop.guest.client))
+    monkeypatch.setattr(learning, "train_adapter", lambda *_: {})
+    shift = Shift(workshop.runtime)
+    first, second = asked(workshop), asked(workshop)
+    shift.run(workshop.tenant, first.id)
+    asked(other)
+    tries = 0
+    while shift.run(workshop.tenant, second.id) is not None:
+        tries += 1
+        assert tries < 20
+    assert tries == TURN_WAITS
+
+
+def test_a_training_tells_what_is_left_from_its_first_step(workshop: Workshop) -> None:
+    task = asked(workshop)
+    with workshop.runtime.database.write() as connection:
+        catalog.start_task(connection, workshop.tenant, task.id)
+    report = Report(Shift(workshop.runtime), task)
+    report._last = 0.0
+    report(learning.TRAINING * 1 / 100_000, "step 1 of 100000")
+    assert workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"] is not None

@@ -23,6 +23,7 @@ from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
 from indexer.frames import DamagedFrames, pack_frames
 from training.__main__ import InUse, _alone, run
 from training.dataset import InvalidDataset
+from training.display import evidence
 from training.recipe import InvalidRecipe, Recipe
 from training.source import Source
 
@@ -217,3 +218,22 @@ def test_the_paper_preset_is_what_the_paper_says() -> None:
     assert (recipe.rank, recipe.shared, recipe.batch_size, recipe.epochs) == (16, 16, 128, 5.0)
     assert not recipe.bias_correction and recipe.total_steps(9000) == 352
     assert np.isclose(recipe.weight_decay, 0.2)
+
+
+def test_the_figures_of_a_small_set_carry_their_number_and_are_no_evidence(tmp_path: Path) -> None:
+    dataset = _dataset_on_disk(tmp_path, 20)
+    recipe = json.dumps({"steps": 5, "batch_size": 4, "frames": 2, "evaluations": 1})
+    status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
+    done = events[-1]
+    assert status == 0 and done["queries"] < 30 and done["not_enough_evidence"] is True
+    assert (done["cross_validation"]["queries"], done["cross_validation"]["folds"]) == (20, 5)
+    assert any(f"not enough evidence: {done['queries']} held-out" in line for line in evidence(done, done["queries"]))
+    assert adapters_store.read(tmp_path / "out")[1].metrics["cross_validation"] == done["cross_validation"]
+
+
+def test_a_run_out_of_time_publishes_what_it_has(tmp_path: Path) -> None:
+    dataset = _dataset_on_disk(tmp_path, 6)
+    recipe = json.dumps({"steps": 100_000, "batch_size": 4, "frames": 2})
+    where = ("--dataset", str(dataset), "--out", str(tmp_path / "out"))
+    status, events = run_training(*where, "--recipe", recipe, "--seconds", "0.001")
+    assert status == 0 and events[-1]["timed_out"] == {"steps": 1, "of": 100_000}

@@ -565,3 +565,17 @@ def test_the_miniature_has_enough_to_learn_from(tmp_path: Path) -> None:
     corpus = load_corpus("jsonl", miniature("jsonl", tmp_path))
     assert {split: len(of(corpus, split)) for split in SPLITS} == VIDEOS
     assert len({clip.captions[0] for clip in corpus.clips}) == len(corpus.clips)
+
+
+def test_videos_without_captions_are_left_out_where_that_is_allowed(
+    copy: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = copy("msvd")
+    texts = json.loads((root / "captions_msvd.json").read_text())
+    whole = load_corpus("msvd", root)
+    silent = next(clip.video for clip in whole.clips if sum(c.split == clip.split for c in whole.clips) > 1)
+    (root / "captions_msvd.json").write_text(json.dumps({v: t for v, t in texts.items() if v != silent}))
+    refused("msvd", root, f"1 of its videos have no captions: '{silent}'")
+    left = load_corpus("msvd", root, allow_missing=True)
+    assert {clip.video for clip in whole.clips} - {clip.video for clip in left.clips} == {silent}
+    assert silent in caplog.text and "left out" in caplog.text

@@ -48,3 +48,11 @@ def test_a_small_collection_still_gets_enough_steps() -> None:
     assert Recipe().total_steps(20) == 300
     assert Recipe(epochs=5, batch_size=32).total_steps(32_000) == 5000
     assert Recipe(steps=3).total_steps(20) == 3
+
+
+def test_epochs_that_are_asked_for_are_what_is_trained() -> None:
+    """The least number of steps is a default for those who ask for nothing."""
+    assert Recipe.of({"epochs": 2}).total_steps(320) == 20
+    assert Recipe.of({"epochs": 2, "minimum_steps": 50}).total_steps(320) == 50
+    assert Recipe.of({}).total_steps(20) == 300
+    assert Recipe.of(Recipe.of({"epochs": 2}).to_json()) == Recipe.of({"epochs": 2})

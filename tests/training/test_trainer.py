@@ -15,7 +15,17 @@ from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import Learner, Rival, Stopped, Trained, TrainingDiverged, backward, contrastive_loss, train
+from training.trainer import (
+    MINIMUM_QUERIES,
+    Learner,
+    Rival,
+    Stopped,
+    Trained,
+    TrainingDiverged,
+    backward,
+    contrastive_loss,
+    train,
+)
 
 COLOURS = {
     "crimson": (220, 20, 40),
@@ -279,3 +289,42 @@ def test_adam_without_bias_correction_is_its_equation() -> None:
         expected -= 0.1 * (m / (v.sqrt() + 1e-6) + 0.2 * expected)
         optimiser.step()
         torch.testing.assert_close(x.detach(), expected)
+
+
+def test_a_run_of_one_step_has_one(backbone: Backbone) -> None:
+    trained = train(backbone, colours(2), replace(RECIPE, steps=1), quiet)
+    assert [point["step"] for point in trained.metrics["curve"]] == [0, 1]
+
+
+def test_few_held_out_queries_are_no_evidence_and_folds_tell_more(backbone: Backbone) -> None:
+    """With 30 captions 4 are held out: the folds ask all 30, at the price of as many steps again."""
+    events: list[dict[str, Any]] = []
+    recipe = replace(RECIPE, steps=10)
+    trained = train(backbone, colours(), recipe, events.append, folds=5)
+    alone = train(backbone, colours(), recipe, quiet)
+    assert trained.metrics["not_enough_evidence"] is alone.metrics["not_enough_evidence"] is True
+    assert trained.metrics["after"]["text_to_video"]["queries"] < MINIMUM_QUERIES
+    crossed = trained.metrics["cross_validation"]
+    assert (crossed["folds"], crossed["steps"], crossed["queries"], crossed["videos"]) == (5, 2, 30, 30)
+    change = crossed["after"]["text_to_video"]["R@1"] - crossed["before"]["text_to_video"]["R@1"]
+    assert crossed["gain"]["low"] <= crossed["gain"]["mean"] == pytest.approx(change, abs=0.02)
+    assert equal(trained, alone), "the folds change nothing about the adapter"
+    assert {e["work"] for e in events if e["event"] == "step"} == {20}
+
+
+def test_enough_held_out_queries_need_no_folds(backbone: Backbone) -> None:
+    many = colours()
+    pairs = tuple(Pair(pair.clip, f"{pair.text} {i}", pair.video) for pair in many.pairs for i in range(10))
+    trained = train(backbone, replace(many, pairs=pairs), replace(RECIPE, steps=2), quiet, folds=5)
+    assert trained.metrics["after"]["text_to_video"]["queries"] >= MINIMUM_QUERIES
+    assert not {"not_enough_evidence", "cross_validation"} & set(trained.metrics)
+
+
+def test_a_run_whose_time_is_over_ends_with_the_best_that_it_has(backbone: Backbone, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=1_000_000)
+    with pytest.raises(Stopped):
+        train(backbone, colours(2), recipe, quiet, folder=tmp_path, stop=lambda: True)
+    trained = train(backbone, colours(2), recipe, quiet, folder=tmp_path, seconds=1e-9)
+    assert trained.metrics["timed_out"] == {"steps": trained.metrics["steps"], "of": 1_000_000}
+    assert trained.metrics["steps"] <= 2 and trained.metrics["best_step"] == trained.metrics["steps"]
+    assert set(trained.tensors) == set(recipe.shape(backbone.dims).layout())
