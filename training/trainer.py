@@ -154,8 +154,9 @@ def train(
     inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
     validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
     save_every = max(inputs.batches.per_epoch, steps // CHECKPOINTS)
-    fold_steps = len(split.validation) < MINIMUM_QUERIES and ranks.count == 1 and recipe.method != "full" and folds
-    work = 2 * steps if fold_steps else steps  # the folds are about as much again
+    crossed = len(split.validation) < MINIMUM_QUERIES and ranks.count == 1 and recipe.method != "full"
+    crossed = crossed and 0 < 2 * folds <= steps  # one step a fold says nothing
+    work = 2 * steps if crossed else steps  # the folds are about as much again
     run = _name_of(backbone, dataset, recipe, start, rival, ranks)
     path = None if folder is None else folder / "checkpoint.safetensors"
 
@@ -221,7 +222,7 @@ def train(
     if ranks.first and not done.best:
         raise TimedOut(f"the time was over after {done.seconds:.0f} s and {done.step} of {steps} steps, before a validation")
     metrics = _metrics(done, split, rival, steps)
-    if fold_steps and not (seconds is not None and done.seconds > seconds / 2):
+    if crossed and not (seconds is not None and done.seconds > seconds / 2):
         metrics["cross_validation"] = cross_validate(backbone, dataset, recipe, steps, report, folds, stop)
     kept = {**backbone.weights(), **done.kept} if learner.shape is None else done.kept
     final = {name: t.detach().cpu() for name, t in learner.tensors.items()}

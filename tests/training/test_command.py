@@ -222,7 +222,7 @@ def test_the_paper_preset_is_what_the_paper_says() -> None:
 
 def test_the_figures_of_a_small_set_carry_their_number_and_are_no_evidence(tmp_path: Path) -> None:
     dataset = _dataset_on_disk(tmp_path, 20)
-    recipe = json.dumps({"steps": 5, "batch_size": 4, "frames": 2, "evaluations": 1})
+    recipe = json.dumps({"steps": 10, "batch_size": 4, "frames": 2, "evaluations": 1})
     status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
     done = events[-1]
     assert status == 0 and done["queries"] < 30 and done["not_enough_evidence"] is True
