@@ -21,7 +21,7 @@ from bench.timing import Row
 from training.worlds import write_world
 
 VIDEOS, RATE, QUIET_SECONDS = 120, 20, 20.0
-ROOT = "bench-root-key"
+ROOT = "bench-operator-key"
 RECIPE = {"steps": 150, "batch_size": 32, "frames": 1, "learning_rate": 8e-3}
 
 

@@ -37,7 +37,7 @@ TENANTS, EACH, VIDEOS, FRAMES = 8, 8, 200, 12
 # Clients: turns of each service, and seconds of a turn: twice what the naive one needs to answer every client once, or more.
 TURNS = {1: (3, 3.0), 8: (3, 4.0), 32: (3, 8.0), 128: (1, 30.0)}
 WORDS = ("red", "dog", "man", "car", "runs", "small", "large", "near", "street", "water", "plays", "green", "black", "old")
-ROOT_KEY = "bench-root-key"
+ROOT_KEY = "bench-operator-key"
 _seeds = itertools.count()
 
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from service import catalog, errors
 from service.jobs import Jobs
+from service.keys import Guesses
 from service.metrics import HouseCollector
 from service.middleware import Head, Metrics, Observe
 from service.routes import adapters, admin, archive, collections, health, media, search, tasks, videos
@@ -34,7 +35,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             secret = catalog.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
-        app.state.house = House(own, Searcher(own), jobs, secret)
+        app.state.house = House(own, Searcher(own), jobs, secret, Guesses(settings.wrong_keys))
         app.state.metrics.registry.register(HouseCollector(own, app.state.house.searcher))
         yield
         jobs.close()

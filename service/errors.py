@@ -26,11 +26,11 @@ from service.faults import Fault, fault_of
 from service.filters import InvalidFilter
 from service.idempotency import KeyReused
 from service.imports import ArchiveOfOtherBackbone
-from service.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow
+from service.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow, TooManyWrongKeys
 from service.learning import TooFewCaptions
 from service.middleware import BodyTooLarge
 from service.paging import InvalidPageToken
-from service.routes.tasks import TaskNotCancellable
+from service.routes.tasks import TaskNotCancellable, TooManyStreams
 from service.runtime import OtherBackbone
 from service.search import EmptyText
 from service.uploads import EmptyFile, FileTooLarge, InvalidUpload, UnsupportedMedia
@@ -62,6 +62,8 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     InvalidAdapter: (422, "invalid_adapter"),
     AdapterMismatch: (422, "adapter_mismatch"),
     KeyReused: (422, "idempotency_key_reused"),
+    TooManyWrongKeys: (429, "too_many_wrong_keys"),
+    TooManyStreams: (429, "too_many_streams"),
     OtherBackbone: (503, "other_backbone"),
     DamagedFrames: (503, "frames_damaged"),
     BatcherFull: (503, "overloaded"),
@@ -132,7 +134,7 @@ def _handler(status: int, code: str) -> Any:
     def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, DamagedAdapter):
             log.error("adapter_damaged", reason=str(error))
-        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, BatcherFull) else None
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, BatcherFull | TooManyWrongKeys) else None
         return problem(request, status, code, str(error) or "the answer took too long", headers=wait)
 
     return handle

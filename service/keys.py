@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import secrets
+import threading
+import time
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +31,14 @@ class InvalidKey(PermissionError):
     """The key is unknown, revoked, expired, or not the operator's."""
 
 
+class TooManyWrongKeys(PermissionError):
+    """From this address have come too many unknown keys; `retry_after` seconds must pass."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("this address has sent too many unknown keys: wait, then send the right one")
+        self.retry_after = retry_after
+
+
 class RoleTooLow(PermissionError):
     """The key is good, but its role does not allow this call."""
 
@@ -44,6 +56,53 @@ class Caller:
     key_id: str
 
 
+class Guesses:
+    """Unknown keys by address, an IPv6 /64 being one, and the keys that were good of late; safe to use from several threads.
+
+    An address over the limit waits, unless its key is one that was good: a guesser behind a proxy locks nobody out who works.
+    """
+
+    ROOM = 10_000  # addresses, and keys: the oldest are forgotten
+    SECONDS = 60.0
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._wrong: OrderedDict[str, tuple[int, float]] = OrderedDict()  # address → how many, and when the first was
+        self._good: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, address: str, hashed: str) -> None:
+        """Raises TooManyWrongKeys."""
+        with self._lock:
+            count, since = self._wrong.get(_network(address), (0, 0.0))
+            left = since + self.SECONDS - time.monotonic()
+            if count >= self._limit and left > 0 and hashed not in self._good:
+                raise TooManyWrongKeys(left)
+
+    def wrong(self, address: str) -> None:
+        with self._lock:
+            now, network = time.monotonic(), _network(address)
+            count, since = self._wrong.pop(network, (0, now))
+            self._wrong[network] = (count + 1, since) if now - since < self.SECONDS else (1, now)
+            if len(self._wrong) > self.ROOM:
+                self._wrong.popitem(last=False)
+
+    def right(self, hashed: str) -> None:
+        with self._lock:
+            self._good[hashed] = None
+            self._good.move_to_end(hashed)
+            if len(self._good) > self.ROOM:
+                self._good.popitem(last=False)
+
+
+def _network(address: str) -> str:
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+            return str(ipaddress.ip_network((found, 64), strict=False))
+    return address
+
+
 def new_key() -> tuple[str, str]:
     """(key id, whole key `pc_<id>_<secret>`)."""
     key_id = "".join(secrets.choice(ALPHABET) for _ in range(8))
@@ -55,25 +114,42 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def authenticate(database: Database, key: str | None) -> Caller:
-    """Raises MissingKey or InvalidKey."""
+def authenticate(database: Database, key: str | None, guesses: Guesses, address: str) -> Caller:
+    """Who sent `key` from `address`. Raises MissingKey, InvalidKey or TooManyWrongKeys."""
     if not key:
         raise MissingKey("send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     hashed = hash_key(key)
+    guesses.check(address, hashed)
     with database.read() as connection:
         parts = key.split("_", 2)
         found = catalog.tenant_of_key(connection, parts[1]) if len(parts) == 3 else None
         if found is None or not hmac.compare_digest(found[1].hash, hashed):
             if hmac.compare_digest(hashed, catalog.fact(connection, "root_key_hash") or ""):
+                guesses.right(hashed)
                 return Caller(None, "root", "root")
+            guesses.wrong(address)
             raise InvalidKey("this API key is not known")
     tenant, record = found
+    _check_valid(record)
+    guesses.right(hashed)
+    _note_use(database, tenant, record)
+    return Caller(tenant, record.role, record.id)
+
+
+def check_still_valid(database: Database, caller: Caller) -> None:
+    """For an answer that lasts. Raises InvalidKey once a tenant's key is revoked, expired or gone."""
+    with database.read() as connection:
+        found = catalog.tenant_of_key(connection, caller.key_id)
+    if found is None:
+        raise InvalidKey("this API key is not known")
+    _check_valid(found[1])
+
+
+def _check_valid(record: ApiKey) -> None:
     if record.revoked_at is not None:
         raise InvalidKey("this API key has been revoked")
     if record.expires_at is not None and datetime.fromisoformat(record.expires_at) <= datetime.now(UTC):
         raise InvalidKey(f"this API key expired at {record.expires_at}")
-    _note_use(database, tenant, record)
-    return Caller(tenant, record.role, record.id)
 
 
 def check_role(caller: Caller, role: str) -> None:

@@ -22,7 +22,12 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data folder.")
     jobs_database_url: str | None = Field(None, description="Database of the job engine; default: SQLite beside the other.")
     blobs: str | None = Field(None, description="Root URL of videos, frames and adapters; default: the data folder.")
-    root_key: str | None = Field(None, description="The operator's key; default: made at the first start and printed once.")
+    root_key: str | None = Field(
+        None, description="The operator's key, 16 characters or more; default: made at the first start and printed once."
+    )
+    metrics_open: bool = Field(False, description="Answer `/metrics` without the operator's key.")
+    wrong_keys: int = Field(100, ge=1, description="Unknown keys that an address may send in a minute before it must wait.")
+    event_streams: int = Field(20, ge=1, description="Streams of task events that one key may hold open in one process.")
     backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
     pretrained: str | None = Field(None, description="Weights of that model: a tag, a file, or `random`.")
     device: str | None = Field(None, description="`cpu` or `cuda`; default: cuda where there is one.")
@@ -96,6 +101,13 @@ class Settings(BaseSettings):
         if blobs is not None and (parts := urlsplit(blobs)).scheme == "file" and (parts.query or parts.fragment):
             raise ValueError("in a file URL write ? as %3F and # as %23")
         return blobs
+
+    @field_validator("root_key")
+    @classmethod
+    def _hard_to_guess(cls, key: str | None) -> str | None:
+        if key is not None and (len(key) < 16 or len(set(key)) < 6 or not all("!" <= c <= "~" for c in key)):
+            raise ValueError("needs 16 or more ASCII characters without spaces, 6 of them different")
+        return key
 
     @property
     def database(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from anyio import to_thread
@@ -16,7 +17,7 @@ from sqlalchemy import Connection
 from service import catalog, keys
 from service.catalog import Collection, Tenant
 from service.jobs import Jobs
-from service.keys import Caller
+from service.keys import Caller, Guesses
 from service.runtime import Runtime
 from service.schemas import Problem
 from service.search import Searcher
@@ -26,12 +27,14 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 @dataclass(slots=True)
 class House:
-    """What the application holds; `signing_secret` signs media URLs."""
+    """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key."""
 
     runtime: Runtime
     searcher: Searcher
     jobs: Jobs
     signing_secret: str
+    guesses: Guesses
+    streams: Counter[str] = field(default_factory=Counter)
 
 
 async def house_of(request: Request) -> House:
@@ -53,6 +56,14 @@ async def caller(
     return request.state.caller  # type: ignore[no-any-return]
 
 
+async def authenticated(request: Request) -> Caller:
+    """Raises MissingKey, InvalidKey, TooManyWrongKeys."""
+    bearer = await _bearer(request)
+    key = bearer.credentials if bearer else await _header(request)
+    house, address = request.app.state.house, request.client.host if request.client else ""
+    return await to_thread.run_sync(keys.authenticate, house.runtime.database, key, house.guesses, address)
+
+
 class KeyFirst(APIRoute):
     """Checks the key before a byte of the body is read: FastAPI reads bodies before it asks what a route depends on."""
 
@@ -61,10 +72,7 @@ class KeyFirst(APIRoute):
 
         async def checked(request: Request) -> Response:
             if keyed:
-                bearer = await _bearer(request)
-                key = bearer.credentials if bearer else await _header(request)
-                database = request.app.state.house.runtime.database
-                request.state.caller = await to_thread.run_sync(keys.authenticate, database, key)
+                request.state.caller = await authenticated(request)
             request.state.body_bytes *= factor
             return await handle(request)
 
@@ -103,7 +111,7 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_lengt
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}
-    for status in (400, 401, 403, 404, 409, 413, 415, 422, 500, 503, 507)
+    for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503, 507)
 }
 
 

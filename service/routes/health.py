@@ -5,14 +5,15 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import HTMLResponse, JSONResponse
 
-from service import catalog
-from service.routes.access import InHouse, KeyFirst
+from service import catalog, keys
+from service.routes.access import InHouse, KeyFirst, authenticated
 
 router = APIRouter(route_class=KeyFirst, tags=["health"])
 WORKER_SECONDS = 30.0
@@ -40,9 +41,12 @@ def readyz(house: InHouse) -> Response:
 
 
 @router.get("/metrics")
-def metrics(request: Request) -> Response:
-    """Prometheus."""
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, house: InHouse) -> Response:
+    """Prometheus, with the operator's key (as a bearer token, for one), unless `POLYCLIP_METRICS_OPEN` is set."""
+    if not house.runtime.settings.metrics_open:
+        keys.check_role(await authenticated(request), "root")
+    told = await to_thread.run_sync(generate_latest, request.app.state.metrics.registry)
+    return Response(told, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

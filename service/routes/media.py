@@ -64,7 +64,7 @@ def media(kind: str, media_id: str, exp: int, sig: str, request: Request, house:
 def media_type(container: str, head: bytes) -> str:
     """The media type of a file with these first bytes; `container` is what the decoder called it, empty before it looked."""
     names = container.split(",")
-    if b"ftyp" == head[4:8]:
+    if head[4:8] == b"ftyp":
         brand = head[8:12]
         return "video/quicktime" if brand == b"qt  " else "video/3gpp" if brand.startswith(b"3g") else "video/mp4"
     if "mov" in names:  # without a brand, as QuickTime wrote it before there was MP4

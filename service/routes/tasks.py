@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -13,10 +14,12 @@ from typing import Annotated, Any, Literal
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from service import catalog, paging
+from service import catalog, keys, paging
 from service.catalog import OPEN, NotFound, Task
-from service.routes.access import PROBLEMS, CanWrite, House, InHouse, KeyFirst, collection_of
+from service.keys import InvalidKey
+from service.routes.access import PROBLEMS, Anyone, CanWrite, House, InHouse, KeyFirst, collection_of
 from service.routes.collections import listing
 from service.work import CANCELLED
 
@@ -30,6 +33,27 @@ RETRY_SECONDS = 2  # after which a client that was cut off comes back
 
 class TaskNotCancellable(ValueError):
     """A task of this kind runs to its end."""
+
+
+class TooManyStreams(RuntimeError):
+    """This key holds as many event streams as a key may."""
+
+
+class _Events(StreamingResponse):
+    """Counts as one of its key's streams until it ends."""
+
+    def __init__(self, content: AsyncIterator[str], streams: Counter[str], key: str, headers: dict[str, str]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._streams, self._key = streams, key
+        streams[key] += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams[self._key] -= 1
+            if not self._streams[self._key]:
+                del self._streams[self._key]
 
 
 @router.get("")
@@ -76,6 +100,7 @@ async def events(
     task_id: str,
     request: Request,
     tenant: CanWrite,
+    who: Anyone,
     house: InHouse,
     last: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
 ) -> Response:
@@ -88,6 +113,9 @@ async def events(
     told = int(last) if last is not None and re.fullmatch("[0-9]{1,18}", last) else -1
     if first.revision <= told and first.status not in OPEN:
         return Response(status_code=204)
+
+    if house.streams[who.key_id] >= (most := house.runtime.settings.event_streams):
+        raise TooManyStreams(f"this key holds {most} event streams open, as many as a key may")
 
     async def stream() -> AsyncIterator[str]:
         task, shown, quiet_since = first, told, time.monotonic()
@@ -103,12 +131,13 @@ async def events(
                 return
             await asyncio.sleep(POLL_SECONDS)
             try:
+                await to_thread.run_sync(keys.check_still_valid, house.runtime.database, who)
                 task = await to_thread.run_sync(_task, house, tenant.id, task_id)
-            except NotFound:  # gone with its tenant
+            except (NotFound, InvalidKey):  # gone with its tenant, or no longer this client's to see
                 return
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+    return _Events(stream(), house.streams, who.key_id, headers)
 
 
 def show(task: Task) -> dict[str, Any]:
