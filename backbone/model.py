@@ -24,6 +24,7 @@ from backbone.adapter import Adapter, TowerAdapter, TowerDims
 from backbone.linear import HalfWeights, Linear, Reordered, linear_of, onednn
 from backbone.packing import Packing
 from backbone.stack import SLOPE, Slots, StackedTower, stacked
+from backbone.tokenizer import bounded
 
 Adapters = Adapter | Sequence[Adapter | None] | Slots | None
 """None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
@@ -81,7 +82,7 @@ class Backbone:
         self._model = frozen
         self._visual = frozen.visual
         self._text = getattr(frozen, "text", frozen)  # CustomTextCLIP keeps its text tower apart
-        self._tokenizer = tokenizer
+        self._tokenizer = bounded(tokenizer)
         self._check_architecture()
         self._linear: Linear
         self._text_linear: Linear  # where no gradients are wanted

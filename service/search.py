@@ -18,7 +18,7 @@ from anyio import to_thread
 from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
-from backbone import rescore, threads
+from backbone import Tokens, rescore, threads
 from indexer.index import Candidate
 from service import catalog
 from service.catalog import Collection, Generation, Video
@@ -67,6 +67,7 @@ class _Question:
     collection: Collection
     generation: Generation
     key: TextKey
+    tokens: Tokens | None  # None where the text's vector is kept already
 
 
 class Searcher:
@@ -107,17 +108,18 @@ class Searcher:
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
         with self._runtime.database.read() as connection:
             collection, generation = catalog.active_generation(connection, tenant, collection_name)
-        key = text_key(generation.digest, text)
+        key = text_key(tenant, generation.digest, text)
         if not key.text:
             raise EmptyText("the text is empty")
         self._runtime.check(generation)
         self._pin(collection, generation)
-        return _Question(tenant, collection, generation, key)
+        tokens = None if key in self.texts else self._runtime.backbone.tokenize([key.text])  # not on the event loop
+        return _Question(tenant, collection, generation, key, tokens)
 
     async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
         """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
         runtime, seconds = self._runtime, self._runtime.settings.search_seconds
-        tokens = runtime.backbone.tokenize([question.key.text])
+        tokens = question.tokens or await to_thread.run_sync(runtime.backbone.tokenize, [question.key.text])
         request = runtime.request_lease(question.generation)
         try:
             lease: Lease | None = None

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     decoders: int = Field(2, ge=1, description="Decoder processes of a worker.")
 
     candidates: int = Field(200, ge=1, description="Segments that the first stage hands to exact rescoring.")
-    text_cache_bytes: int = Field(64 * MiB, ge=0, description="Text vectors kept, by adapter and text, in bytes.")
+    text_cache_bytes: int = Field(64 * MiB, ge=0, description="Text vectors kept, by tenant, adapter and text, in bytes.")
     frame_cache_bytes: int = Field(256 * MiB, ge=0, description="Frame vectors kept for rescoring, in bytes.")
     adapter_bytes: int = Field(256 * MiB, ge=1, description="Adapters kept on the device, in bytes.")
     adapter_host_bytes: int = Field(1024 * MiB, ge=0, description="Adapters kept in the host's memory, in bytes.")

@@ -1,4 +1,4 @@
-"""Text vectors, kept by adapter and text: bounded by bytes, each computed once however many ask for it at the same time."""
+"""Text vectors, kept by tenant, adapter and text: bounded by bytes, each computed once however many ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ OF_THE_CALLER = (BatcherFull, DeadlinePassed, CancelledError, TimeoutError, Stop
 
 
 class TextKey(NamedTuple):
-    """`digest` of the adapter, None for the frozen backbone; `text` normalised."""
+    """`digest` of the adapter, None for the frozen backbone; `text` normalised. The tenant is in it so that no answer's time
+    tells what another one has searched."""
 
+    tenant: str
     digest: str | None
     text: str
 
@@ -40,9 +42,9 @@ class _GivenUp(Exception):
     """Who computed went away: another one has to."""
 
 
-def text_key(digest: str | None, text: str) -> TextKey:
+def text_key(tenant: str, digest: str | None, text: str) -> TextKey:
     """The text is normalised: its ends cut, each run of white space one blank. Empty where there is nothing else."""
-    return TextKey(digest, " ".join(text.split()))
+    return TextKey(tenant, digest, " ".join(text.split()))
 
 
 class TextCache:
@@ -63,6 +65,9 @@ class TextCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, key: TextKey) -> bool:
+        return key in self._entries
 
     def get_or_compute(self, key: TextKey, compute: Callable[[], TextVector]) -> TextVector:
         """The entry of a key of `text_key`; not for the thread of an event loop, as it may wait.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from serving import new_tenant
 
 import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
@@ -227,3 +228,14 @@ def test_a_video_deleted_behind_the_index_is_in_no_page_and_in_no_total(house: H
     again = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
     assert [hit.video.id for hit in again.hits] == [hit.video.id for hit in first.hits[1:]] + [again.hits[-1].video.id]
     assert (len(again.hits), again.total) == (6, VIDEOS - 1)
+
+
+def test_a_text_that_another_tenant_has_searched_is_encoded_anew(client: Any) -> None:
+    texts, text = client.app.state.house.searcher.texts, "a text that two tenants search"
+    for _ in range(2):
+        searcher = new_tenant(client)
+        films = searcher.collection()
+        before = texts.misses
+        for _ in range(2):
+            searcher.search(films, text)
+        assert texts.misses == before + 1

@@ -17,7 +17,7 @@ from backbone.batcher import Batcher, BatcherFull, DeadlinePassed
 from service.text_cache import OVERHEAD, TextCache, TextVector, text_key
 
 SOON = 30  # seconds; no test waits for it
-KEY = text_key("digest", "a dog runs")
+KEY = text_key("tenant", "digest", "a dog runs")
 
 
 def entry(value: float = 1.0, size: int = 4) -> TextVector:
@@ -66,17 +66,17 @@ class Crowd:
 
 
 def test_a_key_is_the_adapter_and_the_text_without_needless_blanks() -> None:
-    assert text_key(None, "  a\tdog \n runs ") == text_key(None, "a dog runs")
-    assert text_key(None, "a dog") != text_key("digest", "a dog")
-    assert text_key(None, "A dog") != text_key(None, "a dog")
-    assert text_key(None, " \t\n").text == ""
+    assert text_key("tenant", None, "  a\tdog \n runs ") == text_key("tenant", None, "a dog runs")
+    assert text_key("tenant", None, "a dog") != text_key("tenant", "digest", "a dog")
+    assert text_key("tenant", None, "A dog") != text_key("tenant", None, "a dog")
+    assert text_key("tenant", None, " \t\n").text == ""
 
 
 def test_an_entry_is_computed_once_and_never_serves_another_adapter() -> None:
     cache = TextCache(10_000)
     first = cache.get_or_compute(KEY, entry)
     assert cache.get_or_compute(KEY, never) is first
-    other = cache.get_or_compute(text_key(None, KEY.text), lambda: entry(2))
+    other = cache.get_or_compute(text_key("tenant", None, KEY.text), lambda: entry(2))
     assert other.vector[0] == 2
     assert (cache.hits, cache.misses, cache.shared, len(cache)) == (1, 2, 0, 2)
 
@@ -86,7 +86,7 @@ def test_those_who_ask_at_the_same_time_get_the_one_computation() -> None:
     crowd = Crowd(cache, 9)
     first = crowd.first(entry())
     others = crowd.others(8)
-    assert cache.get_or_compute(text_key(None, "another"), entry).vector[0] == 1  # who asks for another key is not held up
+    assert cache.get_or_compute(text_key("tenant", None, "another"), entry).vector[0] == 1  # who asks for another key is not held up
     crowd.go.set()
     assert {id(f.result(SOON)) for f in (first, *others)} == {id(cache.get_or_compute(KEY, never))}
     assert crowd.calls == 1
@@ -210,7 +210,7 @@ def test_the_entries_used_last_are_kept_within_the_bytes(asked: list[tuple[int, 
     cache = TextCache(capacity)
     sizes: OrderedDict[int, int] = OrderedDict()  # a plain reference
     for number, dimensions in asked:
-        key = text_key(None, f"text {number}")
+        key = text_key("tenant", None, f"text {number}")
         computed = []
         cache.get_or_compute(key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[func-returns-value]
         assert bool(computed) == (number not in sizes)
@@ -233,7 +233,7 @@ def test_the_bytes_that_are_counted_are_those_that_are_taken() -> None:
     before = tracemalloc.get_traced_memory()[0]
     for i in range(number):
         batch = np.zeros((64, 512), np.float32)
-        cache.get_or_compute(text_key(str(i) * 20, f"a text of a number {i}"), lambda rows=batch: TextVector(rows[0], False))
+        cache.get_or_compute(text_key("tenant", str(i) * 20, f"a text of a number {i}"), lambda rows=batch: TextVector(rows[0], False))
     del batch
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
