@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.settings import SHORTEST_SEGMENT
 from training.recipe import Recipe
@@ -67,8 +67,17 @@ class CaptionIn(In):
         return self
 
 
+def _worded(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must have more than white space")
+    return text
+
+
+CaptionText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_worded)]
+
+
 class Captions(In):
-    captions: list[CaptionIn] = Field(max_length=1000)
+    captions: list[CaptionText | CaptionIn] = Field(max_length=1000)
 
 
 class TrainRequest(In):
@@ -113,6 +122,25 @@ class NewKey(In):
             raise ValueError("is out of range") from error
 
 
+class VideoOut(BaseModel):
+    """A video of a collection; for the documentation."""
+
+    id: str
+    filename: str
+    status: str
+    error: dict[str, Any] | None
+    task_id: str | None
+    system_metadata: dict[str, Any]
+    metadata: dict[str, Any]
+    captions: list[dict[str, Any]]
+    thumbnail_url: str | None
+    video_url: str
+    created_at: str
+    updated_at: str
+    video_id: str = Field(description="The same as `id`; left out from the next version on.", deprecated=True)
+    user_metadata: dict[str, Any] = Field(description="The same as `metadata`; as above.", deprecated=True)
+
+
 class PageInfo(BaseModel):
     next_page_token: str | None
     total_results: int
@@ -135,6 +163,7 @@ class SearchPool(BaseModel):
     generation: str
     adapter: str | None
     total_videos: int
+    pending_videos: int
 
 
 class Warning(BaseModel):

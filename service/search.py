@@ -55,6 +55,7 @@ class Found:
     collection: Collection
     generation: Generation
     total_videos: int
+    pending_videos: int
     truncated: bool
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
@@ -156,8 +157,10 @@ class Searcher:
             candidates = self._rescore(tenant, generation, encoded.vector, candidates)
         clock.lap("rescore")
         hits, total = self._hits(tenant, candidates, group_by, wanted + 1)
+        with self._runtime.database.read() as connection:
+            pending = catalog.pending_videos(connection, tenant, collection.id)
         clock.lap("load")
-        return Found(hits, total, collection, generation, view.videos, encoded.truncated, clock.timings())
+        return Found(hits, total, collection, generation, view.videos, pending, encoded.truncated, clock.timings())
 
     def _pin(self, collection: Collection, generation: Generation) -> None:
         """Keeps a collection's adapter on the device where its settings ask for it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,12 @@ def collection_name(connection: Connection, tenant: str, collection: str) -> str
     if name is None:
         raise NotFound("collection", collection)
     return str(name)
+
+
+def collection_names(connection: Connection, tenant: str, ids: Iterable[str]) -> dict[str, str]:
+    """Names by id, of deleted collections too."""
+    theirs = and_(collections.c.tenant_id == tenant, collections.c.id.in_(set(ids)))
+    return {each: name for each, name in connection.execute(select(collections.c.id, collections.c.name).where(theirs))}
 
 
 def list_collections(connection: Connection, tenant: str, limit: int, after: str | None) -> Page:

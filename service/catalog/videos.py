@@ -94,6 +94,19 @@ def signed_video(connection: Connection, video_id: str) -> Video:
     return record(Video, row)
 
 
+def pending_videos(connection: Connection, tenant: str, collection: str) -> int:
+    """How many videos of a collection are on their way into its index."""
+    return connection.scalar(_PENDING, {"tenant": tenant, "collection": collection}) or 0
+
+
+_PENDING = select(func.count()).where(  # made once: every search asks it; the few that wait are found by their status
+    videos.c.status.in_(("pending", "validating", "queued", "indexing")),
+    videos.c.tenant_id == bindparam("tenant"),
+    func.coalesce(videos.c.collection_id, "") == bindparam("collection"),  # not by its index: it holds all that are ready
+    videos.c.deleted_at.is_(None),
+)
+
+
 def videos_by_id(connection: Connection, tenant: str, ids: Iterable[str]) -> dict[str, Video]:
     found = connection.execute(_BY_ID, {"tenant": tenant, "ids": list(ids)})
     return {row["id"]: record(Video, row) for row in found.mappings()}

@@ -66,6 +66,9 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
         length = house.runtime.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
         warnings.append(Warning(code="text_truncated", detail=detail))
+    if found.pending_videos:
+        detail = f"videos that were uploaded and are not searched yet: {found.pending_videos}"
+        warnings.append(Warning(code="videos_pending", detail=detail))
     return SearchAnswer(
         data=[
             HitOut(
@@ -86,6 +89,7 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
             generation=found.generation.id,
             adapter=found.generation.adapter_id,
             total_videos=found.total_videos,
+            pending_videos=found.pending_videos,
         ),
         timings_ms=dict(found.timings_ms),
         page_info=PageInfo(

@@ -7,12 +7,13 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy import Connection
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -69,13 +70,13 @@ def list_all(
     with house.runtime.database.read() as connection:
         only = collection_of(connection, tenant, collection).id if collection is not None else None
         page = catalog.list_tasks(connection, tenant.id, only, status, page_limit, paging.decode("id", page_token))
-        return listing([show(task) for task in page.rows], page)
+        return listing(shown(connection, tenant.id, page.rows), page)
 
 
 @router.get("/{task_id}")
 def get(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
     """Status, progress from 0 to 1, the seconds that are left at the pace so far, and the result or the error."""
-    return show(_task(house, tenant.id, task_id))
+    return _show(house, _task(house, tenant.id, task_id))
 
 
 @router.post("/{task_id}/cancel")
@@ -92,7 +93,7 @@ def cancel(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
             if task.kind == "index_video":
                 catalog.set_video(connection, tenant.id, task.request["video_id"], status="failed", error=CANCELLED)
             catalog.end_task(connection, tenant.id, task_id, "cancelled")
-        return show(catalog.task(connection, tenant.id, task_id))
+        return shown(connection, tenant.id, [catalog.task(connection, tenant.id, task_id)])[0]
 
 
 @router.get("/{task_id}/events", responses={204: {"description": "the end of the task has been told before"}})
@@ -123,7 +124,7 @@ async def events(
         while True:
             if task.revision > shown:
                 shown, quiet_since = task.revision, time.monotonic()
-                yield f"id: {shown}\nevent: task\ndata: {json.dumps(show(task))}\n\n"
+                yield f"id: {shown}\nevent: task\ndata: {json.dumps(await to_thread.run_sync(_show, house, task))}\n\n"
             elif time.monotonic() - quiet_since > QUIET_SECONDS:
                 quiet_since = time.monotonic()
                 yield ": still here\n\n"
@@ -140,9 +141,21 @@ async def events(
     return _Events(stream(), house.streams, who.key_id, headers)
 
 
-def show(task: Task) -> dict[str, Any]:
+def shown(connection: Connection, tenant: str, of: Sequence[Task]) -> list[dict[str, Any]]:
+    names = catalog.collection_names(connection, tenant, [task.collection_id for task in of if task.collection_id is not None])
+    return [show(task, names.get(task.collection_id or "", task.request.get("collection"))) for task in of]
+
+
+def _show(house: House, task: Task) -> dict[str, Any]:
+    with house.runtime.database.read() as connection:
+        return shown(connection, task.tenant_id, [task])[0]
+
+
+def show(task: Task, collection: str | None) -> dict[str, Any]:
+    """`collection`: the name of the task's collection, as it is or was; that of an import, as it will be."""
     return {
         "id": task.id,
+        "collection": collection,
         "kind": task.kind,
         "status": task.status,
         "progress": task.progress,

@@ -26,7 +26,7 @@ from service.routes.access import (
 )
 from service.routes.collections import listing
 from service.routes.search import media_urls
-from service.schemas import CaptionIn, Captions
+from service.schemas import CaptionIn, Captions, VideoOut
 from service.uploads import InvalidUpload, Upload
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
@@ -89,7 +89,7 @@ def list_all(
         return listing(show(connection, house, request, tenant, page.rows), page)
 
 
-@router.get("/{video_id}")
+@router.get("/{video_id}", responses={200: {"model": VideoOut}})
 def get(name: str, video_id: str, request: Request, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
     """Status, facts, metadata, captions."""
     with house.runtime.database.read() as connection:
@@ -109,13 +109,13 @@ def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Respon
     return Response(status_code=204)
 
 
-@router.put("/{video_id}/captions")
+@router.put("/{video_id}/captions", responses={200: {"model": VideoOut}})
 @larger_bodies(4)
 def put_captions(
     name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, house: InHouse
 ) -> dict[str, Any]:
     """Replaces the captions: what an adapter is trained on."""
-    texts = [Caption(c.text, c.start, c.end) for c in body.captions]
+    texts = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in body.captions]
     with house.runtime.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         video = catalog.video(connection, tenant.id, video_id, collection.id)
@@ -129,13 +129,15 @@ def show(
     captions, url = catalog.captions_of(connection, tenant.id, [video.id for video in videos]), media_urls(house, request)
     return [
         {
-            "video_id": video.id,
+            "id": video.id,
+            "video_id": video.id,  # as it was called in the versions before
             "filename": video.filename,
             "status": video.status,
             "error": video.error,
             "task_id": video.task_id,
             "system_metadata": {**(video.media or {}), "sha256": video.sha256, "size": video.size},
-            "user_metadata": dict(video.metadata),
+            "metadata": dict(video.metadata),
+            "user_metadata": dict(video.metadata),  # as it was called in the versions before
             "captions": [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]],
             "thumbnail_url": url("thumbnail", f"{video.id}-0") if video.media else None,
             "video_url": url("video", video.id),

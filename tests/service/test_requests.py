@@ -153,3 +153,20 @@ def test_what_a_fault_quotes_is_bounded(guest: Tenant) -> None:
     ]
     for body in bodies:
         assert len(guest.call("POST", "/search", json=body).content) < 10_000
+
+
+def test_a_video_that_is_not_indexed_yet_is_told_and_things_bear_one_name(guest: Tenant) -> None:
+    collection = guest.collection()
+    sent = guest.upload(collection, clip(1)).json()
+    answer = guest.call("POST", "/search", json={"collection": collection, "text": "a"}).json()
+    assert answer["search_pool"]["pending_videos"] == 1
+    assert "videos_pending" in [warning["code"] for warning in answer["warnings"]]
+    assert guest.call("GET", f"/tasks/{sent['task_id']}").json()["collection"] == collection
+    assert guest.call("GET", "/tasks").json()["data"][0]["collection"] == collection
+    path = f"/collections/{collection}/videos/{sent['video_id']}"
+    video = guest.call("PUT", f"{path}/captions", json={"captions": ["a ball", {"text": "a cup", "start": 1}]}).json()
+    assert [caption["text"] for caption in video["captions"]] == ["a ball", "a cup"]
+    assert video["id"] == video["video_id"] and video["metadata"] == video["user_metadata"]
+    check_problem(guest.call("PUT", f"{path}/captions", json={"captions": [" "]}), 422, "invalid_request")
+    fields = guest.client.get("/openapi.json").json()["components"]["schemas"]["VideoOut"]["properties"]
+    assert {name for name, field in fields.items() if field.get("deprecated")} == {"video_id", "user_metadata"}
