@@ -364,7 +364,7 @@ def _without_leaps(times: NDArray[np.float64], order: NDArray[np.float64]) -> ND
 def _with_times(facts: MediaFacts, times: NDArray[np.float64], last: float = 0.0) -> MediaFacts:
     """`facts` with these frame times; a last frame of no sane length (`last`) of its own is shown as long as the others."""
     usual = _usual_gap(times)
-    duration = float(np.ptp(times)) + (last if 0 < last <= max(LONGEST_GAP, 10 * usual) else usual)
+    duration = round(float(np.ptp(times)) + (last if 0 < last <= max(LONGEST_GAP, 10 * usual) else usual), 9)
     return replace(facts, duration=duration, frames=len(times), fps=len(times) / duration)
 
 
