@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -140,8 +140,10 @@ class IndexView:
                     batch.append(row)
             self._append(batch)
 
-    def search(self, query: NDArray[np.float32], k: int, videos: set[str] | None = None) -> list[Candidate]:
-        """The k live segments nearest to `query` (D,), best first; with `videos`, only of these.
+    def search(
+        self, query: NDArray[np.float32], k: int, videos: set[str] | None = None, without: Collection[str] = ()
+    ) -> list[Candidate]:
+        """The k live segments nearest to `query` (D,), best first; with `videos`, only of these, and of none in `without`.
 
         An approximate view reads the more lists the fewer rows are allowed, in the end all: a small allowed set is searched
         exactly, but for the 8 bits, and k are found where there are k.
@@ -151,11 +153,13 @@ class IndexView:
         with self._lock:
             total = int(self._index.ntotal)
             rows, wanted = self._rows[:total], self._alive[:total]
-            if videos is not None:
-                chosen = np.zeros(len(self._names), np.bool_)
-                chosen[[self._numbers[video] for video in videos if video in self._numbers]] = True
+            allowed = self._live
+            if videos is not None or without:
+                chosen = np.full(len(self._names), videos is None)
+                chosen[[self._numbers[video] for video in videos or () if video in self._numbers]] = True
+                chosen[[self._numbers[video] for video in without if video in self._numbers]] = False
                 wanted = wanted & chosen[rows["video"]]
-            allowed = self._live if videos is None else int(np.count_nonzero(wanted))
+                allowed = int(np.count_nonzero(wanted))
             if not allowed or not norm:
                 return []
             bits = np.packbits(wanted, bitorder="little")

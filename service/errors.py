@@ -134,8 +134,8 @@ def _handler(status: int, code: str) -> Any:
     def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, DamagedAdapter):
             log.error("adapter_damaged", reason=str(error))
-        waits = isinstance(error, BatcherFull | TooManyWrongKeys)
-        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if waits else None
+        seconds = error.retry_after if isinstance(error, BatcherFull | TooManyWrongKeys) else None
+        wait = None if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
         return problem(request, status, code, str(error) or "the answer took too long", headers=wait)
 
     return handle

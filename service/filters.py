@@ -1,85 +1,137 @@
 """Search filters: comparisons of a video's facts and metadata.
 
-`{"duration": {"gte": 5, "lte": 60}, "metadata.camera": "north", "metadata.tag": {"in": ["a", "b"]}}`; all must hold.
+`{"duration": {"gte": 5, "lte": 60}, "metadata.camera": "north", "metadata.tag": {"in": ["a", "b"]}}`; all must hold. A bare
+value means `eq`. Of a list in the metadata one element must be equal. Values are compared as JSON has them: `true` is not 1,
+1 is 1.0, and what is missing equals `null`. Strings that are both times with a date and a clock are compared as
+instants, without an offset in UTC. Values of different types compare as unequal, and neither is greater.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+import re
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from service.catalog import Video
-
 FIELDS = ("duration", "width", "height", "fps", "codec", "filename", "size", "created_at")
-OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "eq": lambda value, wanted: value == wanted,
-    "ne": lambda value, wanted: value != wanted,
-    "in": lambda value, wanted: any(v in wanted for v in value) if isinstance(value, list) else value in wanted,
-    "gt": lambda value, wanted: value > wanted,
-    "gte": lambda value, wanted: value >= wanted,
-    "lt": lambda value, wanted: value < wanted,
-    "lte": lambda value, wanted: value <= wanted,
-    "exists": lambda value, wanted: (value is not None) == wanted,
-}
+OPERATORS = ("eq", "ne", "in", "gt", "gte", "lt", "lte", "exists")
+ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le,
+}  # fmt: skip
+MOST_FIELDS, MOST_OPERANDS, LONGEST, DEEPEST = 32, 1000, 1000, 8  # a field's parts; characters of a field or an operand
+TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d")
 
 
 class InvalidFilter(ValueError):
-    """An unknown field or operator, or an operand of the wrong type; `pointer` is its place in the request."""
+    """An unknown field or operator, a wrong operand, or more than a limit; `pointer` is its place in the request."""
 
     def __init__(self, pointer: str, detail: str) -> None:
         super().__init__(detail)
         self.pointer = pointer
 
 
-def check(where: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Made by `parse`. `metadata`: the top-level names of the metadata that it reads; `rest`: the other fields."""
+
+    tests: Mapping[str, tuple[Callable[[Any], bool], ...]]
+    metadata: frozenset[str]
+    rest: frozenset[str]
+
+    def matches(self, values: Mapping[str, Any]) -> bool:
+        """`values`: `rest` by name, and under `metadata` a mapping of the names that are read."""
+        return all(test(value) for field, tests in self.tests.items() for value in [_value(field, values)] for test in tests)
+
+
+def parse(where: Mapping[str, Any]) -> Filter:
     """Raises InvalidFilter."""
+    if len(where) > MOST_FIELDS:
+        raise InvalidFilter("/filter", f"has {len(where)} fields: at most {MOST_FIELDS} are taken")
+    tests: dict[str, tuple[Callable[[Any], bool], ...]] = {}
     for field, condition in where.items():
+        parts = field.split(".")
+        if len(field) > LONGEST or len(parts) > DEEPEST + 1:
+            raise InvalidFilter("/filter", f"a field has at most {LONGEST} characters and {DEEPEST} names below metadata")
         pointer = f"/filter/{field}"
-        if field not in FIELDS and not field.startswith("metadata."):
+        if field not in FIELDS and not (parts[0] == "metadata" and len(parts) > 1):
             raise InvalidFilter(pointer, f"unknown field {field!r}: take metadata.NAME or one of {', '.join(FIELDS)}")
         if isinstance(condition, list):
             raise InvalidFilter(pointer, 'to compare with several values, write {"in": [...]}')
         if not isinstance(condition, Mapping):
-            continue
+            condition = {"eq": condition}
         if not condition:
             raise InvalidFilter(pointer, f"no operator: take one of {', '.join(OPERATORS)}")
-        for operator, operand in condition.items():
-            if operator not in OPERATORS:
-                raise InvalidFilter(f"{pointer}/{operator}", f"unknown operator: take one of {', '.join(OPERATORS)}")
-            if operator == "in" and not isinstance(operand, list):
-                raise InvalidFilter(f"{pointer}/in", "must be a list")
-            if operator == "exists" and not isinstance(operand, bool):
-                raise InvalidFilter(f"{pointer}/exists", "must be true or false")
-            ordered = isinstance(operand, int | float | str) and not isinstance(operand, bool)
-            if operator in ("gt", "gte", "lt", "lte") and not ordered:
-                raise InvalidFilter(f"{pointer}/{operator}", "must be a number or a string")
+        tests[field] = tuple(_test(f"{pointer}/{name}"[:LONGEST], name, operand) for name, operand in condition.items())
+    metadata = frozenset(field.split(".")[1] for field in tests if field not in FIELDS)
+    return Filter(tests, metadata, frozenset(tests) & set(FIELDS))
 
 
-def matches(where: Mapping[str, Any], video: Video) -> bool:
-    """Whether a checked filter holds for a video. A comparison of values of different types does not hold."""
-    return all(_holds(_value(field, video), condition) for field, condition in where.items())
+def _test(pointer: str, name: str, operand: Any) -> Callable[[Any], bool]:
+    """What an operator asks of a value."""
+    if name not in OPERATORS:
+        raise InvalidFilter(pointer, f"unknown operator: take one of {', '.join(OPERATORS)}")
+    if name == "exists":
+        if not isinstance(operand, bool):
+            raise InvalidFilter(pointer, "must be true or false")
+        return lambda value: (value is not None) == operand
+    if name == "in":
+        if not isinstance(operand, list):
+            raise InvalidFilter(pointer, "must be a list")
+        if len(operand) > MOST_OPERANDS:
+            raise InvalidFilter(pointer, f"has {len(operand)} values: at most {MOST_OPERANDS} are taken")
+    operands = operand if name == "in" else [operand]
+    if any(isinstance(each, list | Mapping) for each in operands):
+        raise InvalidFilter(pointer, "values are strings, numbers, true, false or null")
+    if any(isinstance(each, str) and len(each) > LONGEST for each in operands):
+        raise InvalidFilter(pointer, f"a string has at most {LONGEST} characters")
+    wanted = [_comparable(each) for each in operands]
+    if name in ORDER:
+        kind, bound = wanted[0]
+        if kind not in ("number", "time", "text"):
+            raise InvalidFilter(pointer, "must be a number or a string")
+        compare = ORDER[name]
+
+        def ordered(value: Any) -> bool:
+            found, measure = _comparable(value)
+            if (found, kind) in (("time", "text"), ("text", "time")):
+                return compare(str(value), str(operand))
+            return found == kind and compare(measure, bound)
+
+        return ordered
+    among = frozenset(wanted)
+
+    def equal(value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return any(_comparable(each) in among for each in values)
+
+    return equal if name != "ne" else lambda value: not equal(value)
 
 
-def _holds(value: Any, condition: Any) -> bool:
-    if not isinstance(condition, Mapping):
-        return condition in value if isinstance(value, list) else bool(value == condition)
-    for operator, operand in condition.items():
-        if value is None and operator not in ("exists", "ne"):
-            return False
+def _comparable(value: Any) -> tuple[str, Hashable]:
+    """Its kind, and what is compared within that kind; of an object or a list in a list nothing equals it."""
+    if value is None:
+        return "null", None
+    if isinstance(value, bool):
+        return "truth", value
+    if isinstance(value, int | float):
+        return "number", value
+    if not isinstance(value, str):
+        return "other", id(value)
+    if TIME.match(value):
         try:
-            if not OPERATORS[operator](value, operand):
-                return False
-        except TypeError:
-            return False
-    return True
+            moment = datetime.fromisoformat(value)
+            return "time", (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            pass
+    return "text", value
 
 
-def _value(field: str, video: Video) -> Any:
-    if field.startswith("metadata."):
-        value: Any = video.metadata
-        for part in field.removeprefix("metadata.").split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-    if field in ("filename", "size", "created_at"):
-        return getattr(video, field)
-    return (video.media or {}).get(field)
+def _value(field: str, values: Mapping[str, Any]) -> Any:
+    if field in FIELDS:
+        return values.get(field)
+    value: Any = values["metadata"]
+    for part in field.split(".")[1:]:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

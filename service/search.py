@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
 from backbone import Tokens, rescore, threads
-from indexer.index import Candidate
+from backbone.batcher import DeadlinePassed
+from indexer.index import Candidate, IndexView
 from service import catalog
 from service.catalog import Collection, Generation, Video
-from service.filters import matches
+from service.filters import Filter
 from service.frame_vectors import FrameVectors
 from service.runtime import Runtime
 from service.text_cache import TextCache, TextKey, TextVector, text_key
@@ -103,8 +104,12 @@ class Searcher:
         clock.lap("resolve")
         encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
         clock.lap("encode")
-        find = partial(self._find, question, encoded, clock, **how)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, find)
+        given_up = threading.Event()
+        find = partial(self._find, question, encoded, clock, given_up=given_up, **how)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, find)
+        finally:
+            given_up.set()
 
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
         with self._runtime.database.read() as connection:
@@ -120,7 +125,9 @@ class Searcher:
     async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
         """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
         runtime, seconds = self._runtime, self._runtime.settings.search_seconds
-        tokens = question.tokens or await to_thread.run_sync(runtime.backbone.tokenize, [question.key.text])
+        tokens = question.tokens
+        if tokens is None:
+            tokens = await to_thread.run_sync(runtime.backbone.tokenize, [question.key.text])
         request = runtime.request_lease(question.generation)
         try:
             lease: Lease | None = None
@@ -143,15 +150,16 @@ class Searcher:
         clock: _Clock,
         *,
         group_by: Literal["video", "segment"] = "video",
-        where: Mapping[str, Any] | None = None,
+        where: Filter | None = None,
         exact: bool = True,
         wanted: int = 10,
+        given_up: threading.Event,
     ) -> Found:
         """The hits of an encoded text. With `exact`, candidates are rescored over their frames."""
         tenant, collection, generation = question.tenant, question.collection, question.generation
         view = self.views.view(tenant, generation)
-        allowed = self._allowed(tenant, collection, where)
-        candidates = view.search(encoded.vector, max(self._runtime.settings.candidates, 3 * wanted), allowed)
+        allowed = self._allowed(tenant, collection, where, given_up)
+        candidates = self._pool(view, encoded.vector, allowed, group_by)
         clock.lap("search")
         if exact and candidates:
             candidates = self._rescore(tenant, generation, encoded.vector, candidates)
@@ -180,12 +188,40 @@ class Searcher:
                 else:
                     self._pinned[collection.id] = wanted
 
-    def _allowed(self, tenant: str, collection: Collection, where: Mapping[str, Any] | None) -> set[str] | None:
+    def _allowed(
+        self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event
+    ) -> set[str] | None:
+        """Ids of the videos that a filter lets through; None without a filter. Raises DeadlinePassed."""
         if where is None:
             return None
+        allowed: set[str] = set()
+        deadline = time.monotonic() + self._runtime.settings.search_seconds
         with self._runtime.database.read() as connection:
-            ready = catalog.videos_of(connection, tenant, collection.id, "ready")
-        return {video.id for video in ready if matches(where, video)}
+            for video, values in catalog.filterable(connection, tenant, collection.id, where.metadata):
+                if given_up.is_set() or time.monotonic() > deadline:
+                    raise DeadlinePassed("the filter took too long")
+                if where.matches(values):
+                    allowed.add(video)
+        return allowed
+
+    def _pool(
+        self, view: IndexView, query: NDArray[np.float32], allowed: set[str] | None, group_by: str
+    ) -> list[Candidate]:
+        """What is ranked, the same for every page of a query: the nearest `candidates` segments; for hits by video also the
+        nearest segment of further videos, up to so many videos, so that one of many segments keeps no other out.
+        """
+        size = k = self._runtime.settings.candidates
+        pool = view.search(query, k, allowed)
+        named = {candidate.segment.video_id for candidate in pool}
+        more = pool
+        while group_by == "video" and len(more) == k and len(named) < size:
+            k *= 4
+            more = view.search(query, k, allowed, without=named)
+            for candidate in more:
+                if candidate.segment.video_id not in named and len(named) < size:
+                    named.add(candidate.segment.video_id)
+                    pool.append(candidate)
+        return pool
 
     def _rescore(
         self, tenant: str, generation: Generation, query: NDArray[np.float32], candidates: Sequence[Candidate]

@@ -1,4 +1,4 @@
-"""Text vectors, kept by tenant, adapter and text: bounded by bytes, each computed once however many ask for it at the same time."""
+"""Text vectors by tenant, adapter and text: bounded by bytes, each computed once however many ask for it at the same time."""
 
 from __future__ import annotations
 

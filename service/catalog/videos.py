@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,25 @@ def videos_of(connection: Connection, tenant: str, collection: str, status: str)
         videos.c.deleted_at.is_(None),
     )
     return [record(Video, row) for row in connection.execute(select(videos).where(mine).order_by(videos.c.id)).mappings()]
+
+
+def filterable(
+    connection: Connection, tenant: str, collection: str, names: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, values) of each ready video as `filters.Filter.matches` takes them; of the metadata only `names` are read."""
+    plain = [name for name in names if re.fullmatch(r"[ -~]+", name) and not set(name) & {'"', "\\"}]  # as SQLite's paths quote
+    whole = len(plain) < len(names)
+    parts = [videos.c.metadata] if whole else [videos.c.metadata[name] for name in plain]
+    columns = (videos.c.id, videos.c.filename, videos.c.size, videos.c.created_at, videos.c.media)
+    mine = and_(
+        videos.c.tenant_id == tenant,
+        videos.c.collection_id == collection,
+        videos.c.status == "ready",
+        videos.c.deleted_at.is_(None),
+    )
+    for video_id, filename, size, created_at, media, *found in connection.execute(select(*columns, *parts).where(mine)):
+        values = {**(media or {}), "filename": filename, "size": size, "created_at": created_at}
+        yield video_id, {**values, "metadata": found[0] if whole else dict(zip(plain, found, strict=True))}
 
 
 def twin(connection: Connection, tenant: str, collection: str, sha256: str) -> Video | None:

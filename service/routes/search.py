@@ -24,14 +24,13 @@ router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
 async def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHouse) -> SearchAnswer:
     """Finds the videos of a collection that show what the text says, best first."""
     offset = int(paging.decode("offset", body.page_token) or 0)
-    if body.filter is not None:
-        filters.check(body.filter)
+    where = None if body.filter is None else filters.parse(body.filter)
     work = house.searcher.answer(
         tenant.id,
         body.collection,
         body.text,
         group_by=body.group_by,
-        where=body.filter,
+        where=where,
         exact=body.rescore,
         wanted=offset + body.page_limit,
     )

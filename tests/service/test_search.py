@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from house import House as Workroom
 from serving import new_tenant
 
 import adapters_store
@@ -239,3 +241,23 @@ def test_a_text_that_another_tenant_has_searched_is_encoded_anew(client: Any) ->
         for _ in range(2):
             searcher.search(films, text)
         assert texts.misses == before + 1
+
+
+def test_a_video_of_many_segments_keeps_no_other_out_and_pages_are_of_one_list(tmp_path: Path) -> None:
+    with Workroom(tmp_path / "data", candidates=20, segment_seconds=1.0) as house:
+        collection = house.add_collection("films")
+        names = {house.add_video(collection, 0, seconds=120.0).id, *(house.add_video(collection, n).id for n in range(1, 12))}
+        with closing(Searcher(house.runtime)) as searcher:
+            for text in ("a red ball", "night", "colour number 0"):
+                found = searcher.search(house.tenant.id, "films", text, wanted=50)
+                assert {hit.video.id for hit in found.hits} == names
+                assert found.total == len(found.hits) == 12
+                for how in ({}, {"group_by": "segment"}, {"group_by": "segment", "exact": False}):
+                    whole = searcher.search(house.tenant.id, "films", text, wanted=200, **how)
+                    order = [(hit.video.id, hit.segment) for hit in whole.hits]
+                    assert len(set(order)) == len(order) == whole.total
+                    assert [hit.score for hit in whole.hits] == sorted((hit.score for hit in whole.hits), reverse=True)
+                    for wanted in (1, 3, 7, 20):
+                        page = searcher.search(house.tenant.id, "films", text, wanted=wanted, **how)
+                        assert [(hit.video.id, hit.segment) for hit in page.hits] == order[: wanted + 1]
+                        assert page.total == whole.total

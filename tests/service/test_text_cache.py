@@ -86,7 +86,8 @@ def test_those_who_ask_at_the_same_time_get_the_one_computation() -> None:
     crowd = Crowd(cache, 9)
     first = crowd.first(entry())
     others = crowd.others(8)
-    assert cache.get_or_compute(text_key("tenant", None, "another"), entry).vector[0] == 1  # who asks for another key is not held up
+    another = text_key("tenant", None, "another")
+    assert cache.get_or_compute(another, entry).vector[0] == 1  # who asks for another key is not held up
     crowd.go.set()
     assert {id(f.result(SOON)) for f in (first, *others)} == {id(cache.get_or_compute(KEY, never))}
     assert crowd.calls == 1
@@ -233,7 +234,8 @@ def test_the_bytes_that_are_counted_are_those_that_are_taken() -> None:
     before = tracemalloc.get_traced_memory()[0]
     for i in range(number):
         batch = np.zeros((64, 512), np.float32)
-        cache.get_or_compute(text_key("tenant", str(i) * 20, f"a text of a number {i}"), lambda rows=batch: TextVector(rows[0], False))
+        key = text_key("tenant", str(i) * 20, f"a text of a number {i}")
+        cache.get_or_compute(key, lambda rows=batch: TextVector(rows[0], False))
     del batch
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
