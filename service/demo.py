@@ -1,6 +1,7 @@
 """`polyclip demo`: three small worlds, two tenants, a real service, and an adapter that makes one of them findable.
 
-Everything after the clips are drawn goes through HTTP, as a user's own program would.
+The first world can be searched while the others are drawn. Everything but the drawing goes through HTTP, as a user's own
+program would.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from training.worlds import write_world
 
 console = Console(highlight=False)
-COLUMNS = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+COLUMNS = (
+    TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    TextColumn("left:"), TimeRemainingColumn(),
+)  # fmt: skip
 RECIPE: dict[str, Any] = {"steps": 400, "batch_size": 32, "frames": 1, "learning_rate": 8e-3}
 BASE_RIGHT, GAIN = 90.0, 30.0  # per cent of base queries that must be right; points of R@1 that the adapter must bring
 
@@ -61,17 +65,22 @@ def run(data: Path, port: int, check: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: the service ends with the demo
         signal.signal(number, signal.default_int_handler)
     data.mkdir(parents=True, exist_ok=True)
-    worlds = draw_worlds(data / "worlds")
+    worlds: dict[str, list[tuple[Path, list[str]]]] = {}
     with tempfile.TemporaryDirectory(dir=data, prefix="check-") as scratch:
         home = Path(scratch) if check else data / "service"
         state = load_state(home)
         with service(home, 0 if check else port, state["root_key"]) as url, httpx.Client(base_url=url, timeout=60) as http:
             tenant_keys(http, home, state)
-            upload_all(http, state, worlds)
-            first = ask(http, state, COLLECTIONS[0], worlds["daylight"][0][1][0])
-            console.print(f"first answered query after [bold]{time.monotonic() - started:.0f} s[/]: {show_hit(first)}")
-            if not check:
-                console.print(f"the page is up already: [bold]{page_url(url, state)}[/]", soft_wrap=True)
+            for c in COLLECTIONS:
+                worlds[c.name] = draw_world(data / "worlds", c)
+                upload_all(http, state, c, worlds[c.name])
+                if c is COLLECTIONS[0]:
+                    first = ask(http, state, c, worlds[c.name][0][1][0])
+                    console.print(f"first answered query after [bold]{time.monotonic() - started:.0f} s[/]: {show_hit(first)}")
+                    if not check:
+                        console.print(f"search while the rest is made: [bold]{page_url(url, state)}[/]", soft_wrap=True)
+                        examples = " · ".join(f'"{captions[0]}"' for _, captions in worlds[c.name][:3])
+                        console.print(f"for example, in {c.name}: {examples}", markup=False)
             zero_shot = {c.name: answers(http, state, c, worlds[c.name]) for c in COLLECTIONS}
             result = train(http, state)
             learned = answers(http, state, TRAINED, worlds[TRAINED.name])
@@ -83,16 +92,13 @@ def run(data: Path, port: int, check: bool) -> int:
     return 0 if passed or not check else 1
 
 
-def draw_worlds(folder: Path) -> dict[str, list[tuple[Path, list[str]]]]:
-    """Clips and captions of each world; clips that are there already are kept."""
-    worlds: dict[str, list[tuple[Path, list[str]]]] = {}
+def draw_world(folder: Path, c: Collection) -> list[tuple[Path, list[str]]]:
+    """The clips of a world with their captions; clips that are there already are kept."""
     with Progress(*COLUMNS, console=console) as progress:
-        for c in COLLECTIONS:
-            bar = progress.add_task(f"drawing {c.name}", total=c.clips)
-            captions = write_world(folder / c.name, c.name, c.clips, c.seed, lambda _, bar=bar: progress.advance(bar))  # type: ignore[misc]
-            rows = [json.loads(line) for line in captions.read_text().splitlines()]
-            worlds[c.name] = [(captions.parent / row["file"], row["captions"]) for row in rows]
-    return worlds
+        bar = progress.add_task(f"drawing {c.name}", total=c.clips)
+        captions = write_world(folder / c.name, c.name, c.clips, c.seed, lambda _: progress.advance(bar))
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    return [(captions.parent / row["file"], row["captions"]) for row in rows]
 
 
 def load_state(home: Path) -> dict[str, Any]:
@@ -167,29 +173,28 @@ def tenant_keys(http: httpx.Client, home: Path, state: dict[str, Any]) -> None:
             call(http, state["keys"][c.tenant], "POST", "/collections", json={"name": c.name})
 
 
-def upload_all(http: httpx.Client, state: dict[str, Any], worlds: dict[str, list[tuple[Path, list[str]]]]) -> None:
+def upload_all(http: httpx.Client, state: dict[str, Any], c: Collection, clips: list[tuple[Path, list[str]]]) -> None:
     """Uploads every clip with its captions and waits until all are ready."""
+    key, path = state["keys"][c.tenant], f"/collections/{c.name}"
 
-    def upload(c: Collection, clip: Path, captions: list[str]) -> None:
-        path = f"/collections/{c.name}/videos"
+    def upload(row: tuple[Path, list[str]]) -> None:
+        clip, captions = row
         with clip.open("rb") as file:
             form = {"captions": json.dumps(captions), "metadata": json.dumps({"world": c.name})}
-            call(http, state["keys"][c.tenant], "POST", path, files={"file": (clip.name, file, "video/mp4")}, data=form)
+            call(http, key, "POST", f"{path}/videos", files={"file": (clip.name, file, "video/mp4")}, data=form)
 
     with Progress(*COLUMNS, console=console) as progress, ThreadPoolExecutor(4) as pool:
-        for c in COLLECTIONS:
-            bar = progress.add_task(f"uploading {c.tenant}/{c.name}", total=c.clips)
-            for _ in pool.map(lambda row, c=c: upload(c, *row), worlds[c.name]):
-                progress.advance(bar)
-        bars = {c: progress.add_task(f"indexing {c.tenant}/{c.name}", total=c.clips) for c in COLLECTIONS}
-        while bars:
-            for c in list(bars):
-                counts = call(http, state["keys"][c.tenant], "GET", f"/collections/{c.name}")["videos"]
-                if counts.get("failed"):
-                    raise DemoFailed(f"{counts['failed']} clips of {c.name} failed to be indexed")
-                progress.update(bars[c], completed=counts.get("ready", 0))
-                if counts.get("ready", 0) == counts["total"]:
-                    del bars[c]
+        bar = progress.add_task(f"uploading {c.tenant}/{c.name}", total=c.clips)
+        for _ in pool.map(upload, clips):
+            progress.advance(bar)
+        bar = progress.add_task(f"indexing {c.tenant}/{c.name}", total=c.clips)
+        while True:
+            counts = call(http, key, "GET", path)["videos"]
+            if counts.get("failed"):
+                raise DemoFailed(f"{counts['failed']} clips of {c.name} failed to be indexed")
+            progress.update(bar, completed=counts.get("ready", 0))
+            if counts.get("ready", 0) == counts["total"]:
+                return
             time.sleep(0.5)
 
 
@@ -281,7 +286,7 @@ def held_out_files(http: httpx.Client, key: str, manifest: dict[str, Any]) -> se
     while True:
         query = {"page_limit": 50, **({"page_token": token} if token else {})}
         page = call(http, key, "GET", f"/collections/{TRAINED.name}/videos", params=query)
-        names |= {row["filename"] for row in page["data"] if row["video_id"] in ids}
+        names |= {row["filename"] for row in page["data"] if row["id"] in ids}
         if (token := page["page_info"]["next_page_token"]) is None:
             return names
 
