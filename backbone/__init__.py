@@ -3,12 +3,14 @@
 from backbone.adapter import Adapter, AdapterShape, Scope, Start, TowerDims
 from backbone.graphs import Graphs
 from backbone.images import to_pixels
-from backbone.load import BackboneNotFound, load_backbone
+from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
 from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore
 from backbone.stack import AdapterStack, FlatAdapter, Slots
 
 __all__ = [
+    "BUILTIN",
+    "RANDOM",
     "TEMPERATURE",
     "Adapter",
     "AdapterShape",

@@ -70,6 +70,9 @@ def index_files(
         Progress(*columns, console=console, disable=console is None) as progress,
         ThreadPoolExecutor(settings.decoders + 2) as pool,
     ):
+        caution = runtime.choice.caution
+        if caution is not None and console is not None:
+            console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
         tenant, collection = _tenant_and_collection(runtime, tenant_name, collection_name)
         bar = progress.add_task("indexing", total=len(files))
         duplicates, failed, ready = 0, [], 0
@@ -90,7 +93,8 @@ def index_files(
                 ready += 1
             else:
                 duplicates += 1
-    return {"ready": ready, "duplicates": duplicates, "failed": failed, "seconds": round(time.monotonic() - started, 2)}
+    seconds = round(time.monotonic() - started, 2)
+    return {"ready": ready, "duplicates": duplicates, "failed": failed, "seconds": seconds, "warning": caution}
 
 
 def read_captions(path: Path) -> dict[str, list[Caption]]:

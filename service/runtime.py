@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import DamagedAdapter, Fit, Lease, Residency, durable, slots_of
-from backbone import Backbone, Graphs, load_backbone, threads
+from backbone import BUILTIN, RANDOM, Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
 from indexer.decode import DecodedVideo, Decoder, MediaFacts, Sampling
 from indexer.sandbox import Check, Limits, Sandbox
@@ -46,6 +46,16 @@ class OtherBackbone(RuntimeError):
 class BackboneChoice:
     name: str
     pretrained: str | None
+
+    @property
+    def caution(self) -> str | None:
+        """What its searches are worth where it has not learned from real pictures, and which one has."""
+        real = "for real videos take a new data folder and `--backbone ViT-B-32 --pretrained openai`"
+        if self.pretrained == RANDOM:
+            return f"this backbone has random weights, for tests and benchmarks: what it finds means nothing; {real}"
+        if self.name == BUILTIN and self.pretrained is None:
+            return f"the built-in backbone knows only the drawn world of `polyclip demo`: {real}"
+        return None
 
 
 def _close_to_others(data: Path) -> None:

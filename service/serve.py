@@ -35,6 +35,8 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
     console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
+    if (caution := runtime.choice.caution) is not None:
+        console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
     if root_key is not None:
         console.print(f"operator's key, shown only now: {root_key}", style="bold", markup=False)
     console.print(f"serving {url} · documentation {url}/docs", markup=False)

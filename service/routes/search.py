@@ -61,6 +61,8 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
     url = media_urls(house, request)
     more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
     warnings = []
+    if (caution := house.runtime.choice.caution) is not None:
+        warnings.append(Warning(code="backbone_knows_no_real_pictures", detail=caution))
     if found.truncated:
         length = house.runtime.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"

@@ -53,7 +53,9 @@ def test_indexing_again_adds_nothing(indexed: str, folder: Path) -> None:
     good = [str(path) for path in sorted(folder.glob("clip-*.mp4"))]
     done = polyclip("index", *good, "--collection", "films", "--data", indexed, "--json")
     assert done.returncode == 0
-    assert {k: v for k, v in json.loads(done.stdout).items() if k != "seconds"} == {"ready": 0, "duplicates": 3, "failed": []}
+    told = json.loads(done.stdout)
+    assert (told["ready"], told["duplicates"], told["failed"]) == (0, 3, [])
+    assert "--backbone ViT-B-32" in told["warning"]
 
 
 def test_a_search_finds_what_was_indexed(indexed: str) -> None:

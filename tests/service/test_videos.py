@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from serving import Server, Tenant, broken_clip, clip, colour, wait_for
 
+from service.runtime import BackboneChoice
+
 
 def test_an_uploaded_video_becomes_ready_and_is_found(server: Server, tenant: Tenant) -> None:
     collection = tenant.collection()
@@ -136,9 +138,29 @@ def test_a_long_video_is_found_by_segment_inside_its_duration(tenant: Tenant) ->
 
 def test_a_text_over_the_context_length_is_cut_and_told(tenant: Tenant) -> None:
     collection, _ = tenant.filled([31])
-    assert tenant.search(collection, "ball " * 60)["warnings"] == []
-    (warning,) = tenant.search(collection, "ball " * 200)["warnings"]
-    assert warning["code"] == "text_truncated" and "77" in warning["detail"]
+    assert "text_truncated" not in {warning["code"] for warning in tenant.search(collection, "ball " * 60)["warnings"]}
+    told = {warning["code"]: warning["detail"] for warning in tenant.search(collection, "ball " * 200)["warnings"]}
+    assert "77" in told["text_truncated"]
+
+
+def test_a_backbone_that_knows_no_real_pictures_is_told_with_every_search(tenant: Tenant, server: Server) -> None:
+    collection = tenant.collection()
+    (warning,) = tenant.search(collection)["warnings"]
+    assert warning["code"] == "backbone_knows_no_real_pictures" and "--backbone ViT-B-32" in warning["detail"]
+    assert warning["detail"] in server.log
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (BackboneChoice("builtin", None), True),
+        (BackboneChoice("ViT-B-32", "random"), True),
+        (BackboneChoice("ViT-B-32", "openai"), False),
+        (BackboneChoice("builtin", "own.safetensors"), False),
+    ],
+)
+def test_only_weights_without_real_pictures_are_warned_of(choice: BackboneChoice, told: bool) -> None:
+    assert (choice.caution is not None) is told
 
 
 def test_an_idempotency_key_gives_the_first_answer_again(tenant: Tenant) -> None:
