@@ -41,7 +41,7 @@ def import_collection(
     settings: Settings, tenant_name: str, file: Path, name: str | None, re_embed: bool, console: Console | None
 ) -> dict[str, Any]:
     """An archive as a new collection, its tenant made where it is missing; videos without vectors are indexed at once."""
-    with opened(settings) as runtime, _share_bar(console) as progress:
+    with opened(settings, new=True) as runtime, _share_bar(console) as progress:
         tenant = made_tenant(runtime, tenant_name)
         done = imports.import_archive(runtime, tenant, file, name=name, re_embed=re_embed, progress=progress)
         failed = index_now(runtime, tenant.id, [video.id for video in done.queued], progress)

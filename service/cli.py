@@ -40,7 +40,7 @@ def main() -> None:
 def serve(
     data: Data = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")] = 8000,
     backbone: Backbone = None,
     pretrained: Pretrained = None,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="do not start the embedded worker")] = False,
@@ -217,7 +217,7 @@ def evaluate(
 @app.command()
 def demo(
     data: Annotated[Path, typer.Option(help="data folder of the demo")] = Path("polyclip-demo"),
-    port: Annotated[int, typer.Option(help="port to listen on; 0: any free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")] = 8000,
     check: Annotated[bool, typer.Option("--check", help="check the whole way through HTTP, then end")] = False,
 ) -> None:
     """Make the demo world, index it, train an adapter, and serve it all with a web page."""

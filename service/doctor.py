@@ -6,7 +6,8 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from service.settings import Settings
 
@@ -19,20 +20,24 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Every check, in the order in which a start would need them."""
-    return list(_findings(settings))
+    """Every check, in the order in which a start would need them. A data folder that is not there is not made."""
+    if settings.has_data:
+        return list(_findings(settings, settings))
+    with TemporaryDirectory() as name:
+        return list(_findings(settings, settings.model_copy(update={"data": Path(name)})))
 
 
-def _findings(settings: Settings) -> Iterator[Finding]:
+def _findings(settings: Settings, tried: Settings) -> Iterator[Finding]:
+    """`tried`: the same with a data folder that may be written to."""
     for package in ("torch", "open_clip_torch", "av", "decord", "dbos", "fastapi"):
         yield _try(package, lambda package=package: importlib.metadata.version(package))  # type: ignore[misc]
     yield _try("faiss", _faiss)
     yield _try("device", lambda: _device(settings))
     yield _try("data folder", lambda: _folder(settings))
-    yield _try("database", lambda: _database(settings))
-    yield _try("blobs", lambda: _blobs(settings))
+    yield _try("database", lambda: _database(tried))
+    yield _try("blobs", lambda: _blobs(tried))
     yield _try("decoders", lambda: _decoders(settings))
-    yield _try("backbone", lambda: _backbone(settings))
+    yield _try("backbone", lambda: _backbone(tried))
 
 
 def _try(what: str, check: Callable[[], str]) -> Finding:
@@ -70,16 +75,17 @@ def _device(settings: Settings) -> str:
 
 
 def _folder(settings: Settings) -> str:
-    settings.data.mkdir(parents=True, exist_ok=True)
+    data = settings.data.absolute()
+    folder = next(path for path in (data, *data.parents) if path.exists())
     try:
-        with TemporaryFile(dir=settings.data):
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PermissionError(f"{settings.data} cannot be written to: {error.strerror}") from error
-    free = shutil.disk_usage(settings.data).free / 1e9
+        raise PermissionError(f"{folder} cannot be written to: {error.strerror}") from error
+    free = shutil.disk_usage(folder).free / 1e9
     if free < 1:
-        raise RuntimeError(f"only {free:.1f} GB are free in {settings.data}")
-    return f"{settings.data.absolute()}, {free:.0f} GB free"
+        raise RuntimeError(f"only {free:.1f} GB are free in {folder}")
+    return f"{data}, {'' if settings.has_data else 'not made yet, '}{free:.0f} GB free"
 
 
 def _database(settings: Settings) -> str:

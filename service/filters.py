@@ -34,14 +34,13 @@ class InvalidFilter(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Made by `parse`. `metadata`: the top-level names of the metadata that it reads; `rest`: the other fields."""
+    """Made by `parse`. `metadata`: the top-level names of the metadata that it reads."""
 
     tests: Mapping[str, tuple[Callable[[Any], bool], ...]]
     metadata: frozenset[str]
-    rest: frozenset[str]
 
     def matches(self, values: Mapping[str, Any]) -> bool:
-        """`values`: `rest` by name, and under `metadata` a mapping of the names that are read."""
+        """`values`: those of FIELDS by name, and under `metadata` a mapping of the names that are read."""
         return all(test(value) for field, tests in self.tests.items() for value in [_value(field, values)] for test in tests)
 
 
@@ -64,8 +63,7 @@ def parse(where: Mapping[str, Any]) -> Filter:
         if not condition:
             raise InvalidFilter(pointer, f"no operator: take one of {', '.join(OPERATORS)}")
         tests[field] = tuple(_test(f"{pointer}/{name}"[:LONGEST], name, operand) for name, operand in condition.items())
-    metadata = frozenset(field.split(".")[1] for field in tests if field not in FIELDS)
-    return Filter(tests, metadata, frozenset(tests) & set(FIELDS))
+    return Filter(tests, frozenset(field.split(".")[1] for field in tests if field not in FIELDS))
 
 
 def _test(pointer: str, name: str, operand: Any) -> Callable[[Any], bool]:

@@ -20,9 +20,10 @@ def explain(error: Exception) -> str | None:
     from service.files import InvalidFrames
     from service.imports import ArchiveOfOtherBackbone
     from service.learning import TooFewCaptions, TrainingFailed
-    from service.offline import InvalidCaptions
+    from service.offline import InvalidCaptions, NoDataFolder
     from service.runtime import OtherBackbone
     from service.search import EmptyText
+    from service.serve import AlreadyServed
     from training.dataset import InvalidDataset
     from training.published import InvalidCorpus
     from training.recipe import InvalidRecipe
@@ -39,5 +40,6 @@ def explain(error: Exception) -> str | None:
         AdapterMismatch, InvalidAdapter, BackboneNotFound, UnsupportedBackbone, BlobMissing, AlreadyExists, InvalidName,
         NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, InvalidFrames, OtherBackbone,
         EmptyText, InvalidRecipe, InvalidDataset, InvalidCorpus, DamagedFrames, InvalidArchive, ArchiveOfOtherBackbone,
+        NoDataFolder, AlreadyServed,
     )  # fmt: skip
     return " ".join(str(error).split()) if isinstance(error, ours) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,8 +38,19 @@ class InvalidCaptions(ValueError):
     """The captions file has a line that is not what it should be."""
 
 
+class NoDataFolder(LookupError):
+    """A command that only works on what is there was given a folder in which nothing is."""
+
+
+class _Stopped(Exception):
+    """Indexing is to end."""
+
+
 @contextmanager
-def opened(settings: Settings, decoder: Decoder = "pyav") -> Iterator[Runtime]:
+def opened(settings: Settings, decoder: Decoder = "pyav", new: bool = False) -> Iterator[Runtime]:
+    """The runtime of a data folder, which is made only for a command that says `new`. Raises NoDataFolder."""
+    if not (new or settings.has_data):
+        raise NoDataFolder(f"there is no data folder at {settings.data}: `polyclip index` or `polyclip serve` makes one")
     runtime = Runtime(settings, decoder)
     try:
         runtime.prepare()
@@ -66,7 +78,7 @@ def index_files(
         raise InvalidCaptions(f"{captions_file}: there is no video {unknown[0]!r} (and {len(unknown) - 1} more)")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        opened(settings, settings.decoder) as runtime,
+        opened(settings, settings.decoder, new=True) as runtime,
         Progress(*columns, console=console, disable=console is None) as progress,
         ThreadPoolExecutor(settings.decoders + 2) as pool,
     ):
@@ -76,23 +88,34 @@ def index_files(
         tenant, collection = _tenant_and_collection(runtime, tenant_name, collection_name)
         bar = progress.add_task("indexing", total=len(files))
         duplicates, failed, ready = 0, [], 0
+        stopping = threading.Event()
+
+        def check(_: float | None = None) -> None:
+            if stopping.is_set():
+                raise _Stopped
 
         def work(file: Path) -> tuple[Video, bool]:
+            check()
             video, fresh = _add_file(runtime, tenant, collection, file, captions.get(file.name, []))
             if video.status in catalog.IN_PROGRESS:
-                ingest.index_video(runtime, tenant.id, video.id)
+                ingest.index_video(runtime, tenant.id, video.id, check)
             with runtime.database.read() as connection:
                 return catalog.video(connection, tenant.id, video.id), fresh
 
-        for future in as_completed(waiting := {pool.submit(work, file): file for file in files}):
-            video, fresh = future.result()
-            progress.advance(bar)
-            if video.status == "failed":
-                failed.append({"file": waiting[future].name, "video_id": video.id, "error": dict(video.error or {})})
-            elif fresh:
-                ready += 1
-            else:
-                duplicates += 1
+        try:
+            for future in as_completed(waiting := {pool.submit(work, file): file for file in files}):
+                video, fresh = future.result()
+                progress.advance(bar)
+                if video.status == "failed":
+                    failed.append({"file": waiting[future].name, "video_id": video.id, "error": dict(video.error or {})})
+                elif fresh:
+                    ready += 1
+                else:
+                    duplicates += 1
+        except BaseException:  # Ctrl-C: what is under way ends at its next look, and the next run goes on with it
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     seconds = round(time.monotonic() - started, 2)
     return {"ready": ready, "duplicates": duplicates, "failed": failed, "seconds": seconds, "warning": caution}
 

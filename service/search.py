@@ -31,6 +31,8 @@ from service.views import Views
 
 log = structlog.get_logger()
 
+WIDENED = 3  # times that further videos are looked for, each time among four times as many segments of those not named yet
+
 
 class EmptyText(ValueError):
     """The text has nothing but white space."""
@@ -214,14 +216,16 @@ class Searcher:
         pool = view.search(query, k, allowed)
         named = {candidate.segment.video_id for candidate in pool}
         more = pool
-        while group_by == "video" and len(more) == k and len(named) < size:
+        for _ in range(WIDENED if group_by == "video" else 0):
+            if len(more) < k or len(named) >= size:
+                break
             k *= 4
             more = view.search(query, k, allowed, without=named)
             for candidate in more:
                 if candidate.segment.video_id not in named and len(named) < size:
                     named.add(candidate.segment.video_id)
                     pool.append(candidate)
-        return pool
+        return sorted(pool, key=lambda candidate: -candidate.score)
 
     def _rescore(
         self, tenant: str, generation: Generation, query: NDArray[np.float32], candidates: Sequence[Candidate]

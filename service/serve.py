@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 
+from adapters_store import durable
 from service.app import create_app
 from service.logs import configure
 from service.protocol import LimitedProtocol, limited
@@ -25,11 +26,24 @@ IDLE_SECONDS = 75  # of a connection: who closes first may cut a request off, an
 console = Console(stderr=True, highlight=False)
 
 
+class AlreadyServed(RuntimeError):
+    """Another `polyclip serve` runs on this data folder."""
+
+
 def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
-    """Runs until SIGINT or SIGTERM. Raises OSError if the address is taken, OtherBackbone, BackboneNotFound."""
+    """Runs until SIGINT or SIGTERM. Raises OSError if the address is taken, AlreadyServed, OtherBackbone, BackboneNotFound."""
     configure()
     listener = _listen(host, port)
     runtime = Runtime(settings)
+    lock = (settings.data / "serve.lock").open("w")  # held until this process ends
+    if settings.database_url is None:
+        try:
+            durable.lock(lock, 2.0)
+        except TimeoutError:
+            raise AlreadyServed(
+                f"another `polyclip serve` runs on {settings.data}: end it, or take another --data; several can share a"
+                " PostgreSQL (POLYCLIP_DATABASE_URL)"
+            ) from None
     root_key = runtime.prepare()
     runtime.blobs.sweep_scratch()
     fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
@@ -89,6 +103,11 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)  # a second server that starts meanwhile is told at once
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, error.strerror or str(error), f"{host}:{port}") from error
     listener.set_inheritable(False)
     return listener

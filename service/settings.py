@@ -110,6 +110,11 @@ class Settings(BaseSettings):
         return key
 
     @property
+    def has_data(self) -> bool:
+        """Whether there is anything to be read: a database elsewhere, or the one in the data folder."""
+        return self.database_url is not None or (self.data / "polyclip.sqlite").is_file()
+
+    @property
     def database(self) -> str:
         return self.database_url or _sqlite(self.data / "polyclip.sqlite")
 

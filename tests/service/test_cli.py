@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import clip
+from serving import Server, clip, wait_for
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
@@ -171,3 +175,87 @@ def test_an_evaluation_of_a_data_set_sets_an_adapter_against_the_frozen_backbone
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1 and "11.mp4" in refused.stderr
     assert polyclip("evaluate", "--collection", "films", *where).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "x", "--collection", "films"),
+        ("evaluate", "--collection", "films"),
+        ("adapters", "list", "--collection", "films"),
+        ("export", "films", "films.tar"),
+        ("fsck",),
+    ],
+)
+def test_a_command_that_reads_makes_no_data_folder(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = polyclip(*arguments, "--data", str(tmp_path / "typo"))
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no data folder at")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_other_things_is_not_taken_for_a_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = polyclip("search", "x", "--collection", "films", "--data", str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no data folder at")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_doctor_makes_no_data_folder(tmp_path: Path) -> None:
+    done = polyclip("doctor", "--data", str(tmp_path / "a" / "typo"), "--json")
+    assert done.returncode == 0 and "not made yet" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_in_use_names_its_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = polyclip("serve", "--port", port, "--data", str(tmp_path / "data"))
+    assert done.returncode == 1 and done.stderr == f"error: Address already in use: 127.0.0.1:{port}\n"
+
+
+def test_a_second_service_on_a_data_folder_says_so_and_ends(tmp_path: Path) -> None:
+    server = Server(tmp_path / "data").start()
+    try:
+        done = polyclip("serve", "--port", "0", "--no-worker", "--data", str(server.data))
+        assert done.returncode == 1 and "another `polyclip serve` runs on" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert server.client.get("/healthz").status_code == 200
+    finally:
+        server.stop()
+    server.start().stop()  # the lock went with its process
+
+
+def test_ctrl_c_ends_indexing_and_the_next_run_goes_on(tmp_path: Path, folder: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(6):
+        (videos / f"{number}.mp4").write_bytes(clip(300 + number, seconds=10.0, size=(640, 480), fps=30))
+    command = ["index", str(videos), "--collection", "films", "--data", str(tmp_path / "data")]
+    running = subprocess.Popen([sys.executable, "-m", "service.cli", *command], stderr=subprocess.PIPE, text=True)
+    database = tmp_path / "data" / "polyclip.sqlite"
+
+    def statuses() -> list[str]:
+        if not database.exists():
+            return []
+        try:
+            with closing(sqlite3.connect(database)) as connection:
+                return [status for (status,) in connection.execute("SELECT status FROM videos")]
+        except sqlite3.OperationalError:  # the table is not made yet
+            return []
+
+    wait_for("a video under way", lambda: "validating" in statuses())
+    running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and "Traceback" not in told
+    assert "failed" not in statuses()
+    assert not [line for pid in Path("/proc").iterdir() if pid.name.isdigit() and str(tmp_path) in (line := _command(pid))]
+    done = polyclip(*command, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["failed"] == [] and statuses() == ["ready"] * 6
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:  # it has ended
+        return ""

@@ -311,7 +311,7 @@ def test_a_purge_is_not_cancelled(workshop: Workshop) -> None:
 
 def test_a_task_tells_what_is_left_at_the_pace_so_far(workshop: Workshop) -> None:
     task = asked(workshop)
-    assert routes.show(task)["eta_seconds"] is None
+    assert routes.show(task, None)["eta_seconds"] is None
     started(workshop, task)
     with workshop.runtime.database.write() as connection:
         started_at = "2020-01-01T00:00:00.000000Z"
