@@ -75,6 +75,8 @@ for name in sys.argv[1:]:
     names = [write_video(tmp_path / name, codec=codec).name for name, codec, _ in KINDS]
     names.append(write_video(tmp_path / "hdr.mp4", pixels="yuv420p10le", options=options).name)
     tmp_path.chmod(0o777)
+    for name in names:
+        (tmp_path / name).chmod(0o644)
     environment = {**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", story, *names]
     told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

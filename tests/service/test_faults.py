@@ -271,7 +271,8 @@ def test_a_damaged_adapter_is_told_and_stops_nobody_else(workshop: Workshop) -> 
     guest, blobs = workshop.guest, workshop.runtime.blobs
     collection, videos = workshop.filled([20, 21])
     other, theirs = workshop.filled([22])
-    workshop.activate(collection, workshop.adapter(collection, seed=20, scope="text"))  # nothing has loaded it yet
+    workshop.activate(collection, workshop.adapter(collection, seed=20, scope="text"))
+    workshop.runtime.__dict__.pop("_residency").close()  # as after a restart: nothing has loaded it yet
     (active,) = [g for g in workshop.generations(collection) if g.state == "active"]
     key = adapter_key(active.collection_id, str(active.digest))
     whole, failures = blobs.get(key), workshop.runtime.residency.counters.failures
