@@ -26,6 +26,7 @@ def main() -> None:
     """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
     from service.mistakes import explain
 
+    os.umask(0o077)  # what a data folder holds is its owner's alone
     try:
         app()
     except Exception as error:

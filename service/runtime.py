@@ -6,7 +6,6 @@ The API, the worker and the offline commands each build one; nothing of it exist
 from __future__ import annotations
 
 import fcntl
-import os
 import secrets
 import stat
 import subprocess
@@ -76,7 +75,6 @@ class Runtime:
         """`decoder`: other than PyAV only where the operator's own files are decoded and nobody else's."""
         self.settings = settings
         self._decoded_by: Decoder = decoder
-        os.umask(0o077)  # what a data folder holds is its owner's alone
         durable.make_folder(settings.data)
         _close_to_others(settings.data)
         self.database = Database(settings.database)

@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, help="end when this process, our parent, has died")
     parser.add_argument("--queues", default=",".join(GROUPS))
     arguments = parser.parse_args()
+    os.umask(0o077)  # as of the command line
     if arguments.parent is not None:
         os.nice(10)
         with suppress(OSError):  # where memory runs out, the API is the last to go
