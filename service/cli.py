@@ -33,6 +33,7 @@ def main() -> None:
         line = explain(error)
         if line is None:
             raise
+        line = line.encode(errors="backslashreplace").decode()  # it may quote a file name whose bytes are not UTF-8
         err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
@@ -91,7 +92,8 @@ def index(
     else:
         for failure in report["failed"]:
             err.print(f"failed: {failure['file']}: {failure['error']['detail']}", style="yellow", markup=False, soft_wrap=True)
-        line = f"{report['ready']} ready, {report['duplicates']} there already, {len(report['failed'])} failed"
+        there = f"{report['duplicates']} there already ({report['updated']} with new captions)"
+        line = f"{report['ready']} ready, {there}, {len(report['failed'])} failed"
         out.print(f"{collection}: {line}, {report['seconds']:.1f} s", markup=False)
     if report["failed"]:
         raise typer.Exit(1)

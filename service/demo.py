@@ -97,7 +97,7 @@ def draw_world(folder: Path, c: Collection) -> list[tuple[Path, list[str]]]:
     with Progress(*COLUMNS, console=console) as progress:
         bar = progress.add_task(f"drawing {c.name}", total=c.clips)
         captions = write_world(folder / c.name, c.name, c.clips, c.seed, lambda _: progress.advance(bar))
-    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    rows = [json.loads(line) for line in captions.read_text("utf-8").split("\n") if line]
     return [(captions.parent / row["file"], row["captions"]) for row in rows]
 
 

@@ -30,7 +30,7 @@ from service.exports import Tell
 from service.ingest import sampling
 from service.records import new_id, now
 from service.runtime import Runtime
-from service.schemas import CaptionIn, CollectionSettings, settings_json
+from service.schemas import MAX_CAPTIONS, CaptionIn, CollectionSettings, settings_json
 from service.settings import SHORTEST_SEGMENT
 
 VECTORS_BYTES, THUMBNAIL_BYTES = 1 << 28, 1 << 20  # of one video's members
@@ -344,6 +344,8 @@ def _told(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Caption], Med
     """A video's row, captions and facts. Raises InvalidArchive."""
     media = record.get("media")
     try:
+        if len(record["captions"]) > MAX_CAPTIONS:
+            raise ValueError(f"a video may have {MAX_CAPTIONS} captions, it has {len(record['captions'])}")
         captions = [CaptionIn(**each) for each in record["captions"]]
         size, sha256, metadata = record["size"], record["sha256"], record["metadata"]
         label = "".join(c for c in re.split(r"[/\\]", record["filename"])[-1] if c.isprintable())[:255] or "video"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
 from typing import Any
+from unicodedata import normalize
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sqlalchemy import Connection
 
 import adapters_store
 from adapters_store import durable
@@ -26,11 +28,12 @@ from service.blobs import adapter_key, video_key
 from service.catalog import AdapterVersion, Caption, Collection, NotFound, Task, Tenant, Video
 from service.jobs import sign_of_life
 from service.records import new_id, now
-from service.routes.videos import parse_captions
+from service.routes.videos import parse_captions, renew
 from service.runtime import Runtime
+from service.schemas import MAX_CAPTIONS
 from service.search import Found, Searcher
 from service.settings import Settings
-from service.uploads import InvalidUpload
+from service.uploads import InvalidUpload, label, parse_json
 from training.source import Source
 
 
@@ -69,13 +72,13 @@ def index_files(
 ) -> dict[str, Any]:
     """Adds and indexes video files; tenant and collection are made where they are missing.
 
-    A file whose bytes are in the collection already is passed over, so that the command goes on where it was stopped.
+    A file whose bytes are in the collection already is passed over, so that the command goes on where it was stopped; captions
+    that its video lacks are added. Raises InvalidCaptions.
     """
     started = time.monotonic()
-    captions = read_captions(captions_file) if captions_file is not None else {}
-    files = [file for path in paths for file in _videos_under(path)]
-    if unknown := sorted(set(captions) - {file.name for file in files}):
-        raise InvalidCaptions(f"{captions_file}: there is no video {unknown[0]!r} (and {len(unknown) - 1} more)")
+    found = {path: _videos_under(path) for path in paths}
+    files = [file for path in paths for file in found[path]]
+    captions = _by_file(captions_file, read_captions(captions_file), found) if captions_file is not None else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         opened(settings, settings.decoder, new=True) as runtime,
@@ -87,27 +90,28 @@ def index_files(
             console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
         tenant, collection = _tenant_and_collection(runtime, tenant_name, collection_name)
         bar = progress.add_task("indexing", total=len(files))
-        duplicates, failed, ready = 0, [], 0
+        duplicates, failed, ready, updated = 0, [], 0, 0
         stopping = threading.Event()
 
         def check(_: float | None = None) -> None:
             if stopping.is_set():
                 raise _Stopped
 
-        def work(file: Path) -> tuple[Video, bool]:
+        def work(file: Path) -> tuple[Video, bool, bool]:
             check()
-            video, fresh = _add_file(runtime, tenant, collection, file, captions.get(file.name, []))
+            video, fresh, renewed = _add_file(runtime, tenant, collection, file, captions.get(file, []))
             if video.status in catalog.IN_PROGRESS:
                 ingest.index_video(runtime, tenant.id, video.id, check)
             with runtime.database.read() as connection:
-                return catalog.video(connection, tenant.id, video.id), fresh
+                return catalog.video(connection, tenant.id, video.id), fresh, renewed
 
         try:
             for future in as_completed(waiting := {pool.submit(work, file): file for file in files}):
-                video, fresh = future.result()
+                video, fresh, renewed = future.result()
+                updated += renewed
                 progress.advance(bar)
                 if video.status == "failed":
-                    failed.append({"file": waiting[future].name, "video_id": video.id, "error": dict(video.error or {})})
+                    failed.append({"file": _label(waiting[future]), "video_id": video.id, "error": dict(video.error or {})})
                 elif fresh:
                     ready += 1
                 else:
@@ -117,23 +121,75 @@ def index_files(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     seconds = round(time.monotonic() - started, 2)
-    return {"ready": ready, "duplicates": duplicates, "failed": failed, "seconds": seconds, "warning": caution}
+    counts = {"ready": ready, "duplicates": duplicates, "updated": updated}
+    return {**counts, "failed": failed, "seconds": seconds, "warning": caution}
 
 
 def read_captions(path: Path) -> dict[str, list[Caption]]:
-    """Captions by file name: lines of `{"file" or "video": …, "captions": […] or "caption": …}`. Raises InvalidCaptions."""
+    """Captions by file name or path: lines of `{"file" or "video": …, "captions": […] or "caption": …}`.
+
+    Raises InvalidCaptions.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # nothing else ends a line of JSON: a caption may hold U+2028
+    except UnicodeDecodeError as error:
+        raise InvalidCaptions(f"{path}: not UTF-8 text (byte {error.start})") from error
     found: dict[str, list[Caption]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            name = Path(row.get("file") or row["video"]).name
-            texts = row.get("captions") or [row[key] for key in sorted(row) if key.startswith("caption")]
+            row = parse_json(line)
+            name = normalize("NFC", PurePosixPath(row.get("file") or row["video"]).as_posix())
+            texts = row["captions"] if "captions" in row else [row[key] for key in sorted(row) if key.startswith("caption")]
             found.setdefault(name, []).extend(parse_captions(texts))
         except (ValueError, KeyError, TypeError, AttributeError, InvalidUpload) as error:
             raise InvalidCaptions(f"{path}, line {number}: needs a file and captions ({error})") from error
     return found
+
+
+def _by_file(source: Path, captions: dict[str, list[Caption]], found: dict[Path, list[Path]]) -> dict[Path, list[Caption]]:
+    """The captions of each of the files `found` below their folders: a file is named by its path there, with or without the
+    folder's own name, by its whole path, or by its bare name where no other file has it. Raises InvalidCaptions.
+    """
+    paths: dict[str, set[Path]] = {}
+    names: dict[str, set[Path]] = {}
+    for top, below in found.items():
+        for file in below:
+            inner = file.relative_to(top) if file != top else Path(file.name)
+            own = inner if file == top else Path(top.absolute().name, inner)
+            for path in (inner, own, file, file.absolute()):
+                paths.setdefault(_readable(path), set()).add(file)
+            names.setdefault(_readable(Path(file.name)), set()).add(file)
+    given: dict[Path, list[Caption]] = {}
+    for name, texts in captions.items():
+        meant = sorted(paths.get(name) or names.get(name) or ())
+        if not meant:
+            unknown = [each for each in captions if each not in paths and each not in names]
+            raise InvalidCaptions(f"{source}: there is no video {name!r} (and {len(unknown) - 1} more)")
+        if len({os.path.realpath(file) for file in meant}) > 1:
+            first, second, *_ = map(_readable, meant)
+            raise InvalidCaptions(f"{source}: {name!r} may be {first!r} or {second!r}: give its path")
+        for file in meant:
+            given.setdefault(file, []).extend(texts)
+    for file, texts in given.items():
+        if len(texts) > MAX_CAPTIONS:
+            told = f"a video may have {MAX_CAPTIONS} captions, {_readable(file)!r} has {len(texts)}"
+            raise InvalidCaptions(f"{source}: {told}")
+    return given
+
+
+def _readable(path: Path) -> str:
+    """A path in NFC; bytes that are not UTF-8 are read as Latin-1."""
+    data = os.fsencode(path.as_posix())
+    try:
+        return normalize("NFC", data.decode())
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _label(file: Path) -> str:
+    return label(os.fsencode(file.name).decode("latin-1"))
 
 
 def search_collection(settings: Settings, tenant_name: str, collection: str, text: str, limit: int) -> Found:
@@ -297,6 +353,8 @@ def _videos_under(path: Path) -> list[Path]:
         raise FileNotFoundError(2, "there is no such file or folder", str(path))
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(2, "neither a file nor a folder", str(path))
     return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_SUFFIXES)
 
 
@@ -328,8 +386,11 @@ def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: 
 
 def _add_file(
     runtime: Runtime, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption]
-) -> tuple[Video, bool]:
-    """The record of a file, and whether it is new or was left half-way; like an upload, file first, then row."""
+) -> tuple[Video, bool, bool]:
+    """The record of a file, whether it is new or was left half-way, and whether a video that was there has got new captions.
+
+    Like an upload: file first, then row.
+    """
     video_id = new_id("vid")
     digest = hashlib.sha256()
     with file.open("rb") as source:
@@ -341,16 +402,27 @@ def _add_file(
     if twin is not None:
         if not runtime.blobs.exists(video_key(collection.id, twin.id)):
             ingest.restore_file(runtime, twin, _copied(runtime, file))
-        return twin, twin.status in catalog.IN_PROGRESS
+        if not captions:
+            return twin, twin.status in catalog.IN_PROGRESS, False
+        with runtime.database.write() as connection:
+            return twin, twin.status in catalog.IN_PROGRESS, _renewed(connection, twin, file, captions)
     runtime.blobs.put_file(video_key(collection.id, video_id), _copied(runtime, file))
     with runtime.database.write() as connection:
         if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is None:
             size = file.stat().st_size
             catalog.check_quota(connection, tenant, videos=1, bytes=size)
-            catalog.add_video(connection, tenant.id, collection.id, video_id, file.name, sha256, size, {}, captions)
-            return catalog.video(connection, tenant.id, video_id), True
+            catalog.add_video(connection, tenant.id, collection.id, video_id, _label(file), sha256, size, {}, captions)
+            return catalog.video(connection, tenant.id, video_id), True, False
+        renewed = _renewed(connection, twin, file, captions)
     runtime.blobs.delete(video_key(collection.id, video_id))
-    return twin, False
+    return twin, False, renewed
+
+
+def _renewed(connection: Connection, twin: Video, file: Path, captions: list[Caption]) -> bool:
+    try:
+        return bool(renew(connection, twin, None, captions))
+    except InvalidUpload as error:
+        raise InvalidCaptions(f"{_readable(file)}: {error}") from error
 
 
 def _copied(runtime: Runtime, file: Path) -> Path:

@@ -48,6 +48,10 @@ class ChangedCollection(In):
     settings: CollectionSettings
 
 
+MAX_CAPTIONS = 1000  # of a video, whichever way they come
+MAX_METADATA = 65536  # bytes of a video's metadata as JSON: a filter reads those of all videos
+
+
 class CaptionIn(In):
     text: str = Field(min_length=1, max_length=MAX_TEXT)
     start: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -77,7 +81,7 @@ CaptionText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterVali
 
 
 class Captions(In):
-    captions: list[CaptionText | CaptionIn] = Field(max_length=1000)
+    captions: list[CaptionText | CaptionIn] = Field(max_length=MAX_CAPTIONS)
 
 
 class TrainRequest(In):

@@ -153,8 +153,8 @@ async def receive(
             raise InvalidUpload("the multipart body breaks off within the part 'file'")
         if target.size == 0:
             raise EmptyFile("the file is empty")
-        texts = {name: value.value.decode("utf-8", "replace") for name, value in values.items() if value.value}
-        return Upload(path, _label(target.filename), target.sha256, target.size, texts)
+        texts = {name: _decoded(name, value.value) for name, value in values.items() if value.value}
+        return Upload(path, label(target.filename), target.sha256, target.size, texts)
     except BaseException:
         path.unlink(missing_ok=True)
         with suppress(OSError):  # the disk may be full: what is buffered cannot be written
@@ -185,7 +185,14 @@ def _within(value: Any, levels: int) -> bool:
     return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
 
 
-def _label(filename: str | None) -> str:
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidUpload(f"the part {name!r} is not UTF-8 text (byte {error.start})") from error
+
+
+def label(filename: str | None) -> str:
     """What the client called the file, for people to read: the last part of the path, printable, at most 255 characters."""
     name = (filename or "").replace("\\", "/").rsplit("/", 1)[-1]
     with suppress(UnicodeError):

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
+from unicodedata import normalize
 
 from adapters_store import durable
 from indexer.decode import DecodedSegment, DecodedVideo, DecodeError, Decoder, Sampling
@@ -237,7 +238,10 @@ def _cached(corpus: Corpus, clip: Clip, cache: Path, sandboxes: SimpleQueue[Sand
 
 
 def _index(root: Path) -> dict[str, list[Path]]:
-    """The video files of `root`, each under its name, its name without the ending, and its path, which goes before names."""
+    """The video files of `root`, each under its name, its name without the ending, and its path, which goes before names.
+
+    Names are in NFC, whichever form of Unicode the disk has them in.
+    """
     base = root / "videos" if (root / "videos").is_dir() else root
     found: dict[str, list[Path]] = {}
     paths: dict[str, list[Path]] = {}
@@ -250,10 +254,11 @@ def _index(root: Path) -> dict[str, list[Path]]:
         walked.add((facts.st_dev, facts.st_ino))
         folders.sort()
         for file in (Path(folder, name) for name in sorted(names)):
-            if file.suffix.lower() in VIDEO_SUFFIXES:
-                found.setdefault(file.name, []).append(file)
-                found.setdefault(file.stem, []).append(file)
-                paths |= {file.relative_to(top).as_posix(): [file] for top in (root, base)}
+            if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():  # no pipe, which is waited for without end
+                for name in (file.name, file.stem):
+                    found.setdefault(normalize("NFC", name), []).append(file)
+                for path in {normalize("NFC", file.relative_to(top).as_posix()) for top in (root, base)}:
+                    paths.setdefault(path, []).append(file)
     return found | paths
 
 
@@ -265,7 +270,7 @@ def _file_of(video: str, files: dict[str, list[Path]], prefix: str) -> Path | No
         names.append(video.rpartition(".")[0])
     if prefix and video.startswith(prefix):
         names.append(video.removeprefix(prefix))
-    found = next((files[name] for name in names if name in files), [])
+    found = next((files[name] for name in (normalize("NFC", name) for name in names) if name in files), [])
     if len(found) > 1:
         raise InvalidCorpus(f"video {video!r} has more than one file: {found[0]} and {found[1]}")
     return found[0] if found else None

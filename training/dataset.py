@@ -112,7 +112,13 @@ def load_dataset(
     sources: list[_Source] = []
     pairs = []
     splits: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # nothing else ends a line of JSON: a caption may hold U+2028
+    except UnicodeDecodeError as error:
+        raise InvalidDataset(f"{path.name}: not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             video, archive = str(row["video"]), Path(row["frames"])

@@ -191,12 +191,17 @@ def mark_video_deleted(connection: Connection, tenant: str, video_id: str) -> No
 def set_captions(connection: Connection, tenant: str, video_id: str, texts: Sequence[Caption]) -> None:
     mine = select(videos.c.id).where(videos.c.tenant_id == tenant, videos.c.id == video_id)
     connection.execute(delete(captions).where(captions.c.video_id.in_(mine)))
-    for position, caption in enumerate(texts):
-        connection.execute(
-            insert(captions).values(
-                id=new_id("cap"), video_id=video_id, position=position, text=caption.text, start=caption.start, end=caption.end
-            )
-        )
+    add_captions(connection, video_id, texts)
+
+
+def add_captions(connection: Connection, video_id: str, texts: Sequence[Caption], first: int = 0) -> None:
+    """Captions of the caller's own video, from position `first`."""
+    rows = [
+        {"id": new_id("cap"), "video_id": video_id, "position": place, "text": each.text, "start": each.start, "end": each.end}
+        for place, each in enumerate(texts, start=first)
+    ]
+    if rows:
+        connection.execute(insert(captions), rows)
 
 
 def captions_of(connection: Connection, tenant: str, video_ids: Iterable[str]) -> dict[str, list[Caption]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
@@ -26,7 +27,7 @@ from service.routes.access import (
 )
 from service.routes.collections import listing
 from service.routes.search import media_urls
-from service.schemas import CaptionIn, Captions, VideoOut
+from service.schemas import MAX_CAPTIONS, MAX_METADATA, CaptionIn, Captions, VideoOut
 from service.uploads import InvalidUpload, Upload
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
@@ -60,7 +61,8 @@ async def upload(
 ) -> dict[str, Any]:
     """Stores a video and queues its indexing. When this answers, file and record are on disk.
 
-    The same bytes in the same collection are not stored twice: the answer then names the earlier video.
+    The same bytes in the same collection are not stored twice: the answer then names the earlier video. Captions that it
+    lacks are added, metadata replaces its own, and `updated` says which of the two have changed.
     """
     await to_thread.run_sync(_check_before, house, tenant, name)
     runtime = house.runtime
@@ -157,7 +159,9 @@ def _check_before(house: House, tenant: Tenant, name: str) -> None:
 
 def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
     """File first, then row and task in one transaction, then the queue: a crash between leaves nothing acknowledged lost."""
-    metadata = received.json_field("metadata", dict) or {}
+    metadata = received.json_field("metadata", dict)
+    if len(received.fields.get("metadata", "").encode()) > MAX_METADATA:
+        raise InvalidUpload(f"the part 'metadata' is over {MAX_METADATA} bytes")
     captions = parse_captions(received.json_field("captions", list) or [])
     hashed = idempotency.request_hash("videos", name, received.sha256, received.filename, received.fields)
     video_id = new_id("vid")
@@ -167,8 +171,11 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
         twin = catalog.twin(connection, tenant.id, collection.id, received.sha256)
-    if twin is not None and (ingest.restore_file(house.runtime, twin, received.path) or key is None):
-        return _duplicate(twin)
+    if twin is not None:
+        restored = ingest.restore_file(house.runtime, twin, received.path)
+        if restored or (key is None and metadata is None and not captions):
+            with database.write() as connection:
+                return _duplicate(twin, renew(connection, twin, metadata, captions))
     blobs.put_file(video_key(collection.id, video_id), received.path)
     task: Task | None = None
     try:
@@ -180,11 +187,15 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
                 catalog.check_quota(connection, tenant, videos=1, bytes=received.size)
                 task = catalog.add_video(
                     connection, tenant.id, collection.id, video_id,
-                    received.filename, received.sha256, received.size, metadata, captions,
+                    received.filename, received.sha256, received.size, metadata or {}, captions,
                 )  # fmt: skip
-                answer = {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None}
+                told = {"video_id": video_id, "task_id": task.id, "status": "pending"}
+                answer: dict[str, Any] = {**told, "duplicate_of": None, "updated": []}
+            elif earlier is not None:
+                answer = earlier
             else:
-                answer = earlier if earlier is not None else _duplicate(twin)
+                assert twin is not None
+                answer = _duplicate(twin, renew(connection, twin, metadata, captions))
             if earlier is None:
                 idempotency.remember(connection, tenant.id, key, hashed, answer)
     finally:
@@ -195,13 +206,40 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
     return answer
 
 
-def _duplicate(twin: Video | None) -> dict[str, Any]:
-    assert twin is not None
-    return {"video_id": twin.id, "task_id": twin.task_id, "status": twin.status, "duplicate_of": twin.id}
+def _duplicate(twin: Video, updated: list[str]) -> dict[str, Any]:
+    told = {"video_id": twin.id, "task_id": twin.task_id, "status": twin.status}
+    return {**told, "duplicate_of": twin.id, "updated": updated}
+
+
+def renew(connection: Connection, twin: Video, metadata: dict[str, Any] | None, captions: list[Caption]) -> list[str]:
+    """What the same bytes bring once more: captions that the video lacks are added, metadata replaces its own.
+
+    Returns which of "captions" and "metadata" have changed. Raises InvalidUpload over the bound, NotFound for a deleted video.
+    """
+    if metadata is None and not captions:
+        return []
+    catalog.lock_collection(connection, twin.tenant_id, twin.collection_id)  # of two at once, one sees the other's captions
+    twin, updated = catalog.video(connection, twin.tenant_id, twin.id), []
+    held = catalog.captions_of(connection, twin.tenant_id, [twin.id])[twin.id]
+    known = set(held)
+    if fresh := [caption for caption in dict.fromkeys(captions) if caption not in known]:
+        if len(held) + len(fresh) > MAX_CAPTIONS:
+            raise InvalidUpload(f"a video may have {MAX_CAPTIONS} captions: it has {len(held)}, {len(fresh)} more were given")
+        catalog.add_captions(connection, twin.id, fresh, first=len(held))
+        updated.append("captions")
+    changes: dict[str, Any] = {}
+    if metadata is not None and json.dumps(metadata, sort_keys=True) != json.dumps(dict(twin.metadata), sort_keys=True):
+        changes["metadata"] = metadata
+        updated.append("metadata")
+    if updated:
+        catalog.set_video(connection, twin.tenant_id, twin.id, **changes)
+    return updated
 
 
 def parse_captions(values: list[Any]) -> list[Caption]:
     """Strings, or objects with text, start and end. Raises InvalidUpload."""
+    if len(values) > MAX_CAPTIONS:
+        raise InvalidUpload(f"the part 'captions': a video may have {MAX_CAPTIONS} captions, not {len(values)}")
     try:
         parsed = _captions.validate_python(values)
     except ValidationError as error:

@@ -58,7 +58,7 @@ def test_indexing_again_adds_nothing(indexed: str, folder: Path) -> None:
     done = polyclip("index", *good, "--collection", "films", "--data", indexed, "--json")
     assert done.returncode == 0
     told = json.loads(done.stdout)
-    assert (told["ready"], told["duplicates"], told["failed"]) == (0, 3, [])
+    assert (told["ready"], told["duplicates"], told["updated"], told["failed"]) == (0, 3, 0, [])
     assert "--backbone ViT-B-32" in told["warning"]
 
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -236,6 +237,21 @@ def test_a_link_that_leads_back_does_not_hang(copy: Callable[[str], Path]) -> No
 
 
 # --- what is refused
+
+
+def test_names_are_found_in_either_form_of_unicode_and_pipes_are_no_videos(tmp_path: Path) -> None:
+    composed = "Café.mp4"
+    decomposed = normalize("NFD", composed)
+    (tmp_path / decomposed).write_bytes(b"")
+    os.mkfifo(tmp_path / "live.mp4")
+    for name in (composed, decomposed):
+        write_lines(tmp_path / "captions.jsonl", [json.dumps({"video": name, "caption": "a café"})])
+        assert [clip.file.name for clip in load_corpus("jsonl", tmp_path).clips] == [decomposed]
+    write_lines(tmp_path / "captions.jsonl", [json.dumps({"video": "live.mp4", "caption": "a pipe"})])
+    refused("jsonl", tmp_path, "no file below")
+    write_lines(tmp_path / "captions.jsonl", [json.dumps({"video": composed, "caption": "a café"})])
+    (tmp_path / composed).write_bytes(b"")
+    refused("jsonl", tmp_path, "more than one file")
 
 
 def refused(name: str, root: Path, reason: str, **options: Any) -> None:

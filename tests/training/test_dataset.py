@@ -97,6 +97,17 @@ def test_a_broken_file_is_told_with_its_line(tmp_path: Path, line: str, reason: 
         load_dataset(path, tmp_path, 8)
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.dataset.PIXEL_BYTES", 0)  # no pixels are read
+    row = {"video": "vid_1", "frames": "none.zip", "captions": [{"text": "one\u2028two\x85three"}]}
+    (tmp_path / "dataset.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n\n")
+    (pair,) = load_dataset(tmp_path / "dataset.jsonl", tmp_path, 8).pairs
+    assert pair.text == "one\u2028two\x85three"
+    (tmp_path / "dataset.jsonl").write_bytes(json.dumps(row).encode() + b"\xff")
+    with pytest.raises(InvalidDataset, match="not UTF-8"):
+        load_dataset(tmp_path / "dataset.jsonl", tmp_path, 8)
+
+
 def test_captions_of_two_moments_get_two_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
