@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import urllib.request
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -17,6 +23,7 @@ from backbone.model import Backbone, UnsupportedBackbone
 
 BUILTIN = "builtin"
 RANDOM = "random"
+REACH_SECONDS = 5.0
 
 
 class BackboneNotFound(ValueError):
@@ -43,11 +50,51 @@ def load_backbone(
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
+    hub = _needs(name)
     model = _create(name, pretrained, seed)
     config = open_clip.get_model_preprocess_cfg(model)
     if not hasattr(model, "visual") or config.get("resize_mode", "shortest") != "shortest":
         raise UnsupportedBackbone(f"{name}: only ViT towers with a shortest-side resize are supported")
-    return Backbone(name, model, open_clip.get_tokenizer(name), tuple(config["mean"]), tuple(config["std"]), device, dtype)
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # of the hub's client and of transformers
+        raise BackboneNotFound(f"{name} needs the tokenizer {hub} of {_host()}, which cannot be had: {_line(error)}") from error
+    return Backbone(name, model, tokenizer, tuple(config["mean"]), tuple(config["std"]), device, dtype)
+
+
+def _needs(name: str) -> str:
+    """The repository of the model's tokenizer on the hub, empty where open_clip brings it.
+
+    Raises BackboneNotFound where the package for it is missing, before anything is made.
+    """
+    text: dict[str, Any] = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    hub = str(text.get("hf_tokenizer_name") or text.get("hf_model_name") or "")
+    if hub and find_spec("transformers") is None:
+        raise BackboneNotFound(f"{name} needs the package transformers for its tokenizer: pip install transformers")
+    if hub:
+        _is_reached(_host())
+    return hub
+
+
+def _host() -> str:
+    return urlsplit(huggingface_hub.constants.ENDPOINT).hostname or ""
+
+
+def _is_reached(host: str) -> bool:
+    """Whether a connection to `host` can be made within seconds. If not, the hub's client is told to look into its cache alone:
+    by itself it tries for most of a minute."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((host, 443), REACH_SECONDS).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
@@ -57,13 +104,19 @@ def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
             return open_clip.create_model(name)  # type: ignore[no-any-return]
     if pretrained in open_clip.list_pretrained_tags_by_model(name):
         # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
-        quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+        config = open_clip.get_pretrained_cfg(name, pretrained)
+        quick_gelu = bool(config.get("quick_gelu"))
+        folder, _, file = str(config.get("hf_hub") or "").rpartition("/")
+        where = f"{file or 'open_clip_model.safetensors'} of {_host()}/{folder}" if folder else str(config.get("url"))
+        reached = _is_reached(_host() if folder else urlsplit(where).hostname or "")
         try:
-            return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
+            with _quiet():
+                return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
         except Exception as error:  # what the hub's client raises without a network is not documented
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = _line(error) if reached else "there is no connection to it, and the file is not in the cache"
             raise BackboneNotFound(
-                f"the weights {pretrained!r} of {name} could not be downloaded ({reason:.200}): without a network, give a file"
+                f"the weights {pretrained!r} of {name} are {where}, and could not be downloaded: {reason}."
+                " Bring that file here and give it as --pretrained FILE"
             ) from error
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -97,11 +150,11 @@ def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: tor
 
 
 class _quiet:
-    """open_clip warns that random weights are random; whoever asks for `random` knows."""
+    """open_clip warns that random weights are random, which who asks for them knows, and logs what it then raises."""
 
     def __enter__(self) -> None:
         self._level = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger().setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger().setLevel(self._level)

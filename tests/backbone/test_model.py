@@ -1,5 +1,6 @@
 """The frozen towers equal open_clip's own, whatever the architecture."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -150,5 +151,32 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch: pyt
         raise RuntimeError("Failed to download weights for tag 'openai'.\nno route to host")
 
     monkeypatch.setattr("backbone.load.open_clip.create_model", offline)
-    with pytest.raises(BackboneNotFound, match=r"^the weights 'openai' of ViT-B-32 could not be downloaded .*give a file$"):
+    monkeypatch.setattr("backbone.load._is_reached", lambda host: True)
+    with pytest.raises(BackboneNotFound, match=r"could not be downloaded: Failed to download .*--pretrained FILE$") as told:
         load_backbone("ViT-B-32", "openai")
+    assert "open_clip_model.safetensors of huggingface.co/timm/vit_base_patch32_clip_224.openai" in str(told.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would try for most of a minute; what it has in its cache it gives at once."""
+
+    def unreachable(address: tuple[str, int], seconds: float) -> None:
+        assert address == ("huggingface.co", 443) and seconds <= 5
+        raise TimeoutError
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr("backbone.load.huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("backbone.load.urllib.request.getproxies", dict)
+    monkeypatch.setattr("backbone.load.socket.create_connection", unreachable)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", refused)
+    with pytest.raises(BackboneNotFound, match="there is no connection to it, and the file is not in the cache"):
+        load_backbone("ViT-B-32", "openai")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", "ViT-H-14-CLIPA", "roberta-ViT-B-32"])
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
+def test_a_missing_package_is_told_in_one_line(name: str) -> None:
+    with pytest.raises(BackboneNotFound, match="needs the package transformers"):
+        load_backbone(name, "random")

@@ -330,18 +330,21 @@ def events(body: str) -> list[tuple[int, dict[str, Any]]]:
 def test_events_are_resumed_where_the_client_left_off(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(routes, "QUIET_SECONDS", 0.1)
-    task = asked(workshop)
+    task, looks, sent = asked(workshop), [], []
     path = f"/tasks/{task.id}/events"
+    look, send = routes._task, routes._show
+    monkeypatch.setattr(routes, "_task", lambda *of: looks.append(time.monotonic()) or look(*of))
+    monkeypatch.setattr(routes, "_show", lambda house, of: sent.append(of.revision) or send(house, of))
     with ThreadPoolExecutor(2) as pool:
         fresh = pool.submit(workshop.guest.call, "GET", path)
-        time.sleep(0.3)
+        wait_for("two looks with nothing new", lambda: len([at for at in looks if at > looks[0] + 0.2]) > 1)
         started(workshop, task)
-        wait_for("the start", lambda: state(workshop, task).revision == 1)
-        back = pool.submit(workshop.guest.call, "GET", path, headers={"Last-Event-ID": "1"})
-        time.sleep(0.3)
+        wait_for("the start", lambda: sent == [0, 1])
+        back, before = pool.submit(workshop.guest.call, "GET", path, headers={"Last-Event-ID": "1"}), len(looks)
+        wait_for("the second stream", lambda: len(looks) > before + 4)
         with workshop.runtime.database.write() as connection:
             catalog.set_task(connection, workshop.tenant, task.id, progress=0.5)
-        time.sleep(0.3)
+        wait_for("the progress in both", lambda: sent == [0, 1, 2, 2])
         with workshop.runtime.database.write() as connection:
             catalog.end_task(connection, workshop.tenant, task.id, "succeeded", result={"a": 1})
         told, newer = events(fresh.result().text), events(back.result().text)
