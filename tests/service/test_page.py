@@ -12,7 +12,7 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from serving import Server, Tenant, clip
+from serving import Server, Tenant, broken_clip, clip
 
 pytestmark = pytest.mark.browser
 ARGUMENTS = (
@@ -107,6 +107,18 @@ def test_mistakes_are_told_in_words(browser: Any, server: Server, tenant: Tenant
     assert not browser.find_element(By.ID, "search").is_displayed(), "nothing to search without a key"
     browser.find_element(By.ID, "key").send_keys(tenant.keys["search"], Keys.ENTER)
     until(browser, lambda b: b.find_element(By.ID, "search").is_displayed())
+
+
+def test_one_bad_file_does_not_end_an_upload_of_many(browser: Any, server: Server, tenant: Tenant, tmp_path: Path) -> None:
+    tenant.collection("empty")
+    open_page(browser, server, tenant.keys["write"])
+    contents = {"a.mp4": clip(8), "notes.mp4": b"these are no pictures " * 100, "noise.mp4": broken_clip(), "z.mp4": clip(10)}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    browser.find_element(By.ID, "files").send_keys("\n".join(str(tmp_path / name) for name in contents))
+    until(browser, lambda b: "2 videos ready" in status(b), 60)
+    assert "notes.mp4: " in status(browser) and "noise.mp4: " in status(browser)
+    until(browser, lambda b: b.find_element(By.CSS_SELECTOR, "#collection option").text == "empty (2)")
 
 
 def test_names_from_outside_are_text_and_never_markup(browser: Any, server: Server, tenant: Tenant) -> None:
