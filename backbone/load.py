@@ -113,10 +113,11 @@ def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
             with _quiet():
                 return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
         except Exception as error:  # what the hub's client raises without a network is not documented
+            fitting = f"{name}-quickgelu" if quick_gelu and f"{name}-quickgelu" in open_clip.list_models() else name
             reason = _line(error) if reached else "there is no connection to it, and the file is not in the cache"
             raise BackboneNotFound(
                 f"the weights {pretrained!r} of {name} are {where}, and could not be downloaded: {reason}."
-                " Bring that file here and give it as --pretrained FILE"
+                f" Bring that file here and give it: --backbone {fitting} --pretrained FILE"
             ) from error
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))

@@ -155,6 +155,7 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch: pyt
     with pytest.raises(BackboneNotFound, match=r"could not be downloaded: Failed to download .*--pretrained FILE$") as told:
         load_backbone("ViT-B-32", "openai")
     assert "open_clip_model.safetensors of huggingface.co/timm/vit_base_patch32_clip_224.openai" in str(told.value)
+    assert "--backbone ViT-B-32-quickgelu" in str(told.value), "of a file's name nobody sees which GELU it was trained with"
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
