@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from anyio import to_thread
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from service import catalog, errors
 from service.jobs import Jobs
@@ -42,7 +43,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         app.state.house.searcher.close()
         own.close()
 
-    app = FastAPI(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPIOffline(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
     app.state.metrics = Metrics()
     app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)

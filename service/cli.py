@@ -12,11 +12,14 @@ import typer
 from rich.table import Column, Table
 
 from service import cli_moving
+from service.cli_access import keys, tenants
 from service.cli_adapters import adapters
 from service.cli_options import AsJson, Backbone, CollectionName, Data, Pretrained, TenantName, err, out, settings_from
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(adapters, name="adapters")
+app.add_typer(tenants, name="tenants")
+app.add_typer(keys, name="keys")
 app.command()(cli_moving.export)
 app.command("import")(cli_moving.import_)
 app.command()(cli_moving.fsck)

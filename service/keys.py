@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from service import catalog
@@ -107,6 +108,13 @@ def new_key() -> tuple[str, str]:
     """(key id, whole key `pc_<id>_<secret>`)."""
     key_id = "".join(secrets.choice(ALPHABET) for _ in range(8))
     return key_id, f"pc_{key_id}_{secrets.token_urlsafe(24)}"
+
+
+def issue(connection: Connection, tenant: str, role: str, expires: datetime | None) -> tuple[ApiKey, str]:
+    """A new key of a tenant: its record, and the whole key, which nothing else can show."""
+    key_id, key = new_key()
+    until = None if expires is None else expires.isoformat().replace("+00:00", "Z")
+    return catalog.add_key(connection, tenant, key_id, role, hash_key(key), until), key
 
 
 def hash_key(key: str) -> str:

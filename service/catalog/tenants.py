@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
 
-from service.catalog.rows import AlreadyExists, NotFound, QuotaExceeded, checked_name, record
+from service.catalog.rows import AlreadyExists, NotFound, Page, QuotaExceeded, checked_name, page, record
 from service.records import adapters, api_keys, collections, new_id, now, tenants, videos
 
 
@@ -46,6 +46,11 @@ def tenant_named(connection: Connection, name: str) -> Tenant:
     if row is None:
         raise NotFound("tenant", name)
     return record(Tenant, row)
+
+
+def list_tenants(connection: Connection, limit: int, after: str | None) -> Page:
+    """For the operator alone."""
+    return page(connection, select(tenants).where(tenants.c.deleted_at.is_(None)), Tenant, tenants.c.id, limit, after)
 
 
 def tenant_of_key(connection: Connection, key_id: str) -> tuple[Tenant, ApiKey] | None:

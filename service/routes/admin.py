@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Response
 from sqlalchemy import Connection
 
-from service import catalog, cleanup, keys
+from service import catalog, cleanup, keys, paging
 from service.catalog import ApiKey, NotFound, Tenant
 from service.keys import Caller
 from service.routes.access import PROBLEMS, Anyone, InHouse, KeyFirst
+from service.routes.collections import PageLimit, listing
 from service.schemas import NewKey, NewTenant
 
 router = APIRouter(route_class=KeyFirst, prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
@@ -23,7 +24,16 @@ def create(body: NewTenant, who: Anyone, house: InHouse) -> dict[str, Any]:
     keys.check_role(who, "root")
     with house.runtime.database.write() as connection:
         tenant = catalog.create_tenant(connection, body.name, body.quotas.model_dump(exclude_none=True))
-    return {"id": tenant.id, "name": tenant.name, "quotas": dict(tenant.quotas), "created_at": tenant.created_at}
+    return _tenant_shown(tenant)
+
+
+@router.get("")
+def list_all(who: Anyone, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
+    """The tenants, newest first (operator's key)."""
+    keys.check_role(who, "root")
+    with house.runtime.database.read() as connection:
+        page = catalog.list_tenants(connection, page_limit, paging.decode("id", page_token))
+    return listing([_tenant_shown(tenant) for tenant in page.rows], page)
 
 
 @router.delete("/{name}", status_code=204)
@@ -39,11 +49,8 @@ def delete(name: str, who: Anyone, house: InHouse) -> Response:
 @router.post("/{name}/keys", status_code=201)
 def add_key(name: str, body: NewKey, who: Anyone, house: InHouse) -> dict[str, Any]:
     """A new API key; the only time that it is shown."""
-    key_id, key = keys.new_key()
-    expires = body.expires_at.isoformat().replace("+00:00", "Z") if body.expires_at is not None else None
     with house.runtime.database.write() as connection:
-        tenant = _tenant(connection, who, name)
-        record = catalog.add_key(connection, tenant.id, key_id, body.role, keys.hash_key(key), expires)
+        record, key = keys.issue(connection, _tenant(connection, who, name).id, body.role, body.expires_at)
     return {**_show(record), "key": key}
 
 
@@ -80,6 +87,10 @@ def _tenant(connection: Connection, who: Caller, name: str) -> Tenant:
     if who.tenant.name != name:
         raise NotFound("tenant", name)
     return who.tenant
+
+
+def _tenant_shown(tenant: Tenant) -> dict[str, Any]:
+    return {"id": tenant.id, "name": tenant.name, "quotas": dict(tenant.quotas), "created_at": tenant.created_at}
 
 
 def _show(key: ApiKey) -> dict[str, Any]:

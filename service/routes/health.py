@@ -27,7 +27,10 @@ def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 def readyz(house: InHouse) -> Response:
-    """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds."""
+    """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds.
+
+    `warning`: what the backbone's searches are worth where it knows no real pictures.
+    """
     checks: dict[str, Any] = {"backbone": house.runtime.backbone_loaded, "database": False, "worker": False}
     try:
         with house.runtime.database.read() as connection:
@@ -36,8 +39,9 @@ def readyz(house: InHouse) -> Response:
             checks["worker"] = bool(catalog.living_workers(connection, WORKER_SECONDS))
     except SQLAlchemyError:
         pass
-    ready = all(checks.values())
-    return JSONResponse({"status": "ready" if ready else "not ready", "checks": checks}, 200 if ready else 503)
+    ready, warning = all(checks.values()), house.runtime.choice.caution
+    told = {"status": "ready" if ready else "not ready", "checks": checks, "warning": warning}
+    return JSONResponse(told, 200 if ready else 503)
 
 
 @router.get("/metrics")

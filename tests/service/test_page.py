@@ -12,7 +12,7 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from serving import Server, Tenant, broken_clip, clip
+from serving import ROOT_KEY, Server, Tenant, broken_clip, clip
 
 pytestmark = pytest.mark.browser
 ARGUMENTS = (
@@ -130,3 +130,30 @@ def test_names_from_outside_are_text_and_never_markup(browser: Any, server: Serv
     browser.find_element(By.ID, "text").send_keys("anything", Keys.ENTER)
     until(browser, lambda b: "onerror" in b.find_element(By.ID, "hits").text)
     assert browser.title == "polyclip"
+
+
+def test_the_operators_key_leads_to_a_tenant(browser: Any, server: Server, tenant: Tenant) -> None:
+    browser.get("about:blank")
+    browser.get(f"{server.client.base_url}/#key={ROOT_KEY}")
+    until(browser, lambda b: b.find_element(By.ID, "operator").is_displayed())
+    names = "return [...document.querySelectorAll('#tenants option')].map(o => o.value)"
+    assert tenant.name in browser.execute_script(names)
+    browser.find_element(By.ID, "tenant").send_keys(f"{tenant.name}-new", Keys.ENTER)
+    until(browser, lambda b: b.find_element(By.ID, "search").is_displayed() and "admin now" in status(b))
+    key = browser.execute_script("return sessionStorage.getItem('polyclip-key')")
+    assert key != ROOT_KEY and key in status(browser)
+    browser.find_element(By.ID, "make").click()
+    browser.switch_to.alert.send_keys("films")
+    browser.switch_to.alert.accept()
+    until(browser, lambda b: b.find_element(By.CSS_SELECTOR, "#collection option").text == "films (0)")
+
+
+def test_captions_are_offered_as_queries_and_the_backbone_is_warned_of(browser: Any, server: Server, tenant: Tenant) -> None:
+    tenant.filled([1, 2], captions=True)
+    open_page(browser, server, tenant.keys["search"])
+    until(browser, lambda b: "knows only the drawn world" in b.find_element(By.ID, "warning").text)
+    [first, *_] = until(browser, lambda b: b.find_elements(By.CSS_SELECTOR, "#examples button"))
+    text = first.text
+    first.click()
+    until(browser, lambda b: len(b.find_elements(By.CSS_SELECTOR, "#hits button")) == 2)
+    assert browser.find_element(By.ID, "text").get_attribute("value") == text
