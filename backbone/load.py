@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
-import urllib.request
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import open_clip
 import torch
+from huggingface_hub import constants, get_session
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,7 +22,7 @@ from backbone.model import Backbone, UnsupportedBackbone
 
 BUILTIN = "builtin"
 RANDOM = "random"
-REACH_SECONDS = 5.0
+HUB_SECONDS = 5.0  # for the hub's first answer; its client alone would try for 70
 
 
 class BackboneNotFound(ValueError):
@@ -50,74 +49,51 @@ def load_backbone(
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
-    hub = _needs(name)
+    tokenizer = _tokenizer(name)
     model = _create(name, pretrained, seed)
     config = open_clip.get_model_preprocess_cfg(model)
     if not hasattr(model, "visual") or config.get("resize_mode", "shortest") != "shortest":
         raise UnsupportedBackbone(f"{name}: only ViT towers with a shortest-side resize are supported")
-    try:
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # of the hub's client and of transformers
-        raise BackboneNotFound(f"{name} needs the tokenizer {hub} of {_host()}, which cannot be had: {_line(error)}") from error
     return Backbone(name, model, tokenizer, tuple(config["mean"]), tuple(config["std"]), device, dtype)
 
 
-def _needs(name: str) -> str:
-    """The repository of the model's tokenizer on the hub, empty where open_clip brings it.
-
-    Raises BackboneNotFound where the package for it is missing, before anything is made.
-    """
-    text: dict[str, Any] = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
-    hub = str(text.get("hf_tokenizer_name") or text.get("hf_model_name") or "")
-    if hub and find_spec("transformers") is None:
-        raise BackboneNotFound(f"{name} needs the package transformers for its tokenizer: pip install transformers")
-    if hub:
-        _is_reached(_host())
-    return hub
-
-
-def _host() -> str:
-    return urlsplit(huggingface_hub.constants.ENDPOINT).hostname or ""
-
-
-def _is_reached(host: str) -> bool:
-    """Whether a connection to `host` can be made within seconds. If not, the hub's client is told to look into its cache alone:
-    by itself it tries for most of a minute."""
-    if urllib.request.getproxies():
-        return True
+def _tokenizer(name: str) -> Any:
+    source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
     try:
-        socket.create_connection((host, 443), REACH_SECONDS).close()
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        if source is None:
+            return open_clip.get_tokenizer(name)
+        with _hub():
+            return open_clip.get_tokenizer(name)
+    except ModuleNotFoundError as error:
+        raise _lacks(name, error) from error
+    except Exception as error:  # what transformers raises without a network is not documented
+        place = f"{constants.ENDPOINT}/{source}"
+        raise BackboneNotFound(f"the tokenizer of {name} could not be had from {place} ({_reason(error)})") from error
 
 
 def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
     if pretrained == RANDOM:
-        with torch.random.fork_rng(devices=[]), _quiet():
-            torch.manual_seed(seed)
-            return open_clip.create_model(name)  # type: ignore[no-any-return]
-    if pretrained in open_clip.list_pretrained_tags_by_model(name):
-        # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
-        config = open_clip.get_pretrained_cfg(name, pretrained)
-        quick_gelu = bool(config.get("quick_gelu"))
-        folder, _, file = str(config.get("hf_hub") or "").rpartition("/")
-        where = f"{file or 'open_clip_model.safetensors'} of {_host()}/{folder}" if folder else str(config.get("url"))
-        reached = _is_reached(_host() if folder else urlsplit(where).hostname or "")
         try:
-            with _quiet():
+            with torch.random.fork_rng(devices=[]), _quiet():
+                torch.manual_seed(seed)
+                return open_clip.create_model(name)  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            raise _lacks(name, error) from error
+    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+        found = open_clip.get_pretrained_cfg(name, pretrained)
+        # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
+        quick_gelu = bool(found.get("quick_gelu"))
+        try:
+            with _hub(), _quiet():
                 return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            raise _lacks(name, error) from error
         except Exception as error:  # what the hub's client raises without a network is not documented
-            fitting = f"{name}-quickgelu" if quick_gelu and f"{name}-quickgelu" in open_clip.list_models() else name
-            reason = _line(error) if reached else "there is no connection to it, and the file is not in the cache"
+            fitting = f"{name}-quickgelu"
+            fitting = fitting if quick_gelu and fitting in open_clip.list_models() else name
             raise BackboneNotFound(
-                f"the weights {pretrained!r} of {name} are {where}, and could not be downloaded: {reason}."
-                f" Bring that file here and give it: --backbone {fitting} --pretrained FILE"
+                f"the weights {pretrained!r} of {name} could not be downloaded from {_place(found)} ({_reason(error)}):"
+                f" without a network, give a file: --backbone {fitting} --pretrained FILE"
             ) from error
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -150,8 +126,59 @@ def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: tor
     return Backbone(BUILTIN, model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device, dtype)
 
 
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Within it the hub's client looks only into its cache, if the hub gives no answer in HUB_SECONDS.
+
+    Raises ConnectionError for what then fails for want of the hub.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):
+            if get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code < 500:
+                answered.set()
+
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        asking = threading.Thread(target=ask, daemon=True)  # the look-up of a name has no time-out of its own
+        asking.start()
+        asking.join(HUB_SECONDS)
+    away = not before and not answered.is_set()
+    constants.HF_HUB_OFFLINE = before or away
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if away:
+            raise ConnectionError(f"{constants.ENDPOINT} does not answer") from error
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _place(found: dict[str, Any]) -> str:
+    """Where open_clip takes these weights from."""
+    if "hf_hub" not in found:
+        return str(found["url"])
+    repository, _, file = found["hf_hub"].rpartition("/")
+    return f"{constants.ENDPOINT}/{repository}/resolve/main/{file or 'open_clip_model.safetensors'}"
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one short line."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return f"{' '.join(str(error).split()) or type(error).__name__:.160}"
+
+
+def _lacks(name: str, error: ModuleNotFoundError) -> BackboneNotFound:
+    return BackboneNotFound(f"{name} needs the package {error.name}: `pip install {error.name}`")
+
+
 class _quiet:
-    """open_clip warns that random weights are random, which who asks for them knows, and logs what it then raises."""
+    """open_clip warns that random weights are random, and logs what it then raises; whoever asks is told in one line."""
 
     def __enter__(self) -> None:
         self._level = logging.getLogger().level

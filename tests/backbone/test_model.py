@@ -1,6 +1,10 @@
 """The frozen towers equal open_clip's own, whatever the architecture."""
 
-from importlib.util import find_spec
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -146,38 +150,42 @@ def test_towers_without_plain_blocks_are_refused(name: str) -> None:
         load_backbone(name, "random")
 
 
-def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise RuntimeError("Failed to download weights for tag 'openai'.\nno route to host")
+@pytest.mark.parametrize("answers", [False, True], ids=["nobody is there", "it fails"])
+def test_without_the_hub_one_line_tells_which_file_and_no_second_try_is_made(tmp_path: Path, answers: bool) -> None:
+    asked = []
 
-    monkeypatch.setattr("backbone.load.open_clip.create_model", offline)
-    monkeypatch.setattr("backbone.load._is_reached", lambda host: True)
-    with pytest.raises(BackboneNotFound, match=r"could not be downloaded: Failed to download .*--pretrained FILE$") as told:
-        load_backbone("ViT-B-32", "openai")
-    assert "open_clip_model.safetensors of huggingface.co/timm/vit_base_patch32_clip_224.openai" in str(told.value)
-    assert "--backbone ViT-B-32-quickgelu" in str(told.value), "of a file's name nobody sees which GELU it was trained with"
+    class Failing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
 
-
-def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client would try for most of a minute; what it has in its cache it gives at once."""
-
-    def unreachable(address: tuple[str, int], seconds: float) -> None:
-        assert address == ("huggingface.co", 443) and seconds <= 5
-        raise TimeoutError
-
-    def refused(*_: object, **__: object) -> None:
-        raise AssertionError("the hub is asked")
-
-    monkeypatch.setattr("backbone.load.huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("backbone.load.urllib.request.getproxies", dict)
-    monkeypatch.setattr("backbone.load.socket.create_connection", unreachable)
-    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", refused)
-    with pytest.raises(BackboneNotFound, match="there is no connection to it, and the file is not in the cache"):
-        load_backbone("ViT-B-32", "openai")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port if answers else 9}"
+        code = "import sys, backbone\ntry: backbone.load_backbone('ViT-B-32', 'openai')\nexcept ValueError as e: sys.exit(str(e))"
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        hub.shutdown()
+    assert done.returncode == 1 and len(asked) == answers
+    file = f"{address}/timm/vit_base_patch32_clip_224.openai/resolve/main/open_clip_model.safetensors"
+    assert done.stderr == (
+        f"the weights 'openai' of ViT-B-32 could not be downloaded from {file} ({address} does not answer):"
+        " without a network, give a file: --backbone ViT-B-32-quickgelu --pretrained FILE\n"
+    )
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", "ViT-H-14-CLIPA", "roberta-ViT-B-32"])
-@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
-def test_a_missing_package_is_told_in_one_line(name: str) -> None:
-    with pytest.raises(BackboneNotFound, match="needs the package transformers"):
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "roberta-ViT-B-32"])
+def test_a_package_that_a_backbone_needs_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BackboneNotFound, match=f"^{name} needs the package transformers: `pip install transformers`$"):
         load_backbone(name, "random")
+
+
+def test_a_tokenizer_that_cannot_be_had_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("backbone.load.open_clip.get_tokenizer", offline)
+    with pytest.raises(BackboneNotFound, match=r"^the tokenizer of ViT-B-16-SigLIP could not be had from https://.+ \(.+\)$"):
+        load_backbone("ViT-B-16-SigLIP", "random")

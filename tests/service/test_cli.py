@@ -97,9 +97,9 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
     assert polyclip(*arguments).returncode == 2
 
 
-def test_a_data_folder_stays_with_its_backbone(indexed: str) -> None:
+def test_a_data_folder_stays_with_its_backbone(indexed: str, folder: Path) -> None:
     other = ("--backbone", "ViT-B-32", "--pretrained", "random")
-    done = polyclip("index", "/dev/null", "--collection", "x", "--data", indexed, *other)
+    done = polyclip("index", str(folder / "clip-0.mp4"), "--collection", "x", "--data", indexed, *other)
     assert done.returncode == 1
     assert "was made with backbone builtin" in done.stderr
 
