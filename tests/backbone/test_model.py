@@ -162,7 +162,8 @@ def test_without_the_hub_one_line_tells_which_file_and_no_second_try_is_made(tmp
     with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{hub.server_port if answers else 9}"
-        code = "import sys, backbone\ntry: backbone.load_backbone('ViT-B-32', 'openai')\nexcept ValueError as e: sys.exit(str(e))"
+        code = "import sys\nfrom backbone import load_backbone\n"
+        code += "try: load_backbone('ViT-B-32', 'openai')\nexcept ValueError as error: sys.exit(str(error))"
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         hub.shutdown()
