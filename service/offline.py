@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import adapters_store
 from adapters_store import durable
 from indexer.decode import Decoder
 from indexer.formats import VIDEO_SUFFIXES
+from indexer.sandbox import Check
 from service import catalog, files, ingest, learning
 from service.blobs import adapter_key, video_key
 from service.catalog import AdapterVersion, Caption, Collection, NotFound, Task, Tenant, Video
@@ -99,7 +99,7 @@ def index_files(
 
         def work(file: Path) -> tuple[Video, bool, bool]:
             check()
-            video, fresh, renewed = _add_file(runtime, tenant, collection, file, captions.get(file, []))
+            video, fresh, renewed = _add_file(runtime, tenant, collection, file, captions.get(file, []), check)
             if video.status in catalog.IN_PROGRESS:
                 ingest.index_video(runtime, tenant.id, video.id, check)
             with runtime.database.read() as connection:
@@ -385,7 +385,7 @@ def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: 
 
 
 def _add_file(
-    runtime: Runtime, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption]
+    runtime: Runtime, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption], check: Check
 ) -> tuple[Video, bool, bool]:
     """The record of a file, whether it is new or was left half-way, and whether a video that was there has got new captions.
 
@@ -393,20 +393,19 @@ def _add_file(
     """
     video_id = new_id("vid")
     digest = hashlib.sha256()
-    with file.open("rb") as source:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
+    for piece in _pieces(file, check):
+        digest.update(piece)
     sha256 = digest.hexdigest()
     with runtime.database.read() as connection:
         twin = catalog.twin(connection, tenant.id, collection.id, sha256)
     if twin is not None:
         if not runtime.blobs.exists(video_key(collection.id, twin.id)):
-            ingest.restore_file(runtime, twin, _copied(runtime, file))
+            ingest.restore_file(runtime, twin, _copied(runtime, file, check))
         if not captions:
             return twin, twin.status in catalog.IN_PROGRESS, False
         with runtime.database.write() as connection:
             return twin, twin.status in catalog.IN_PROGRESS, _renewed(connection, twin, file, captions)
-    runtime.blobs.put_file(video_key(collection.id, video_id), _copied(runtime, file))
+    runtime.blobs.put_file(video_key(collection.id, video_id), _copied(runtime, file, check))
     with runtime.database.write() as connection:
         if (twin := catalog.twin(connection, tenant.id, collection.id, sha256)) is None:
             size = file.stat().st_size
@@ -425,8 +424,19 @@ def _renewed(connection: Connection, twin: Video, file: Path, captions: list[Cap
         raise InvalidCaptions(f"{_readable(file)}: {error}") from error
 
 
-def _copied(runtime: Runtime, file: Path) -> Path:
+def _copied(runtime: Runtime, file: Path, check: Check) -> Path:
     """The file once more, in the scratch folder."""
-    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy, file.open("rb") as source:
-        shutil.copyfileobj(source, copy)
+    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy:
+        try:
+            copy.writelines(_pieces(file, check))
+        except BaseException:
+            Path(copy.name).unlink()
+            raise
     return Path(copy.name)
+
+
+def _pieces(file: Path, check: Check) -> Iterator[bytes]:
+    with file.open("rb") as source:
+        while piece := source.read(1 << 20):
+            check()
+            yield piece

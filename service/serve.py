@@ -36,7 +36,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     listener = _listen(host, port)
     runtime = Runtime(settings)
     lock = (settings.data / "serve.lock").open("w")  # held until this process ends
-    if settings.database_url is None:
+    if settings.database.startswith("sqlite"):
         try:
             durable.lock(lock, 2.0)
         except TimeoutError:
@@ -49,6 +49,9 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
     console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
+    if (misplaced := settings.misplaced) is not None:
+        told = f"an earlier version kept files of this data folder in {misplaced}: copy its folders to {settings.data}/blobs"
+        console.print(f"warning: {told} (`polyclip fsck` tells what is missing)", style="yellow", markup=False, soft_wrap=True)
     if (caution := runtime.choice.caution) is not None:
         console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
     if root_key is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -95,6 +95,15 @@ class Settings(BaseSettings):
     worker_id: str = Field("0", description="Tells workers on one data folder apart (PostgreSQL); the same at each start.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
 
+    @field_validator("data")
+    @classmethod
+    def _readable(cls, data: Path) -> Path:
+        try:
+            str(data.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the folder's name is not UTF-8: {str(data)!r}") from error
+        return data
+
     @field_validator("blobs")
     @classmethod
     def _whole(cls, blobs: str | None) -> str | None:
@@ -108,6 +117,13 @@ class Settings(BaseSettings):
         if key is not None and (len(key) < 16 or len(set(key)) < 6 or not all("!" <= c <= "~" for c in key)):
             raise ValueError("needs 16 or more ASCII characters without spaces, 6 of them different")
         return key
+
+    @property
+    def misplaced(self) -> Path | None:
+        """Where versions that put paths into URLs unquoted kept this folder's blobs, if that is another place and there."""
+        now = self.data.absolute() / "blobs"
+        before = Path(unquote(urlsplit(f"file://{now}").path))
+        return before if self.blobs is None and before != now and (before / "videos").is_dir() else None
 
     @property
     def has_data(self) -> bool:

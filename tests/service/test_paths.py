@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,20 @@ def test_data_folders_of_any_name_keep_apart(tmp_path: Path) -> None:
             cleanup.sweep_orphans(house.runtime, grace=0)
             assert house.runtime.blobs.keys("videos/")
     assert held == {name: {p for p in (tmp_path / name / "blobs").rglob("*") if p.is_file()} for name in NAMES}
+
+
+@pytest.mark.parametrize(("name", "before"), [("lib#1", "lib"), ("what?", "what"), ("a%20b", "a b/blobs")])
+def test_files_that_an_earlier_version_put_elsewhere_are_found(tmp_path: Path, name: str, before: str) -> None:
+    settings = Settings(data=tmp_path / name)
+    assert settings.misplaced is None
+    (tmp_path / before / "videos").mkdir(parents=True)
+    assert settings.misplaced == tmp_path / before
+    assert Settings(data=tmp_path / "plain").misplaced is None
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="not UTF-8"):
+        Settings(data=Path(os.fsdecode(b"/srv/caf\xe9")))
 
 
 @pytest.mark.parametrize("url", ["file:///srv/lib#1/blobs", "file:///srv/what?/blobs"])
