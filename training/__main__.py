@@ -122,7 +122,7 @@ def run(
     from backbone import load_backbone
     from training.ranks import Ranks
     from training.recipe import Recipe
-    from training.trainer import EVIDENCE, FOLDS, Rival, train
+    from training.trainer import EVIDENCE, Rival, train
 
     started = time.monotonic()
     corpus = source.corpus()
@@ -152,7 +152,7 @@ def run(
             loaded = source.load(corpus, scratch, backbone.image_size, tell, decode=False)
         trained = train(
             backbone, loaded, recipe, tell, start, rival, folder=out, scratch=scratch, ranks=ranks, stop=stop,
-            seconds=seconds, folds=FOLDS,
+            seconds=seconds, folds=recipe.folds,
         )  # fmt: skip
         done: dict[str, Any] = {}
         if ranks.first:

@@ -49,6 +49,7 @@ class Recipe:
     temperature: float = TEMPERATURE
     validation: float = 0.2  # share of the videos, where the data set brings no validation split
     evaluations: int = 6  # validations, spread over the run
+    folds: int = 5  # of the cross-validation where few captions are held out; 0: none
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -148,6 +149,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (1e-3, 1e3),
     "validation": (0.01, 0.9),
     "evaluations": (1, 100),
+    "folds": (0, 20),
     "seed": (0, 2**31),
 }
 
@@ -176,6 +178,7 @@ FIELDS: dict[str, str] = {  # what each is and what it costs; the defaults are t
     "temperature": "Of the weights of the frames in `q_score`. Costs nothing.",
     "validation": "Share of the videos that is held out. With fewer than 30 held-out captions a training takes twice as long.",
     "evaluations": "Validations during the run; each encodes all held-out videos and captions.",
+    "folds": "Of the cross-validation where fewer than 30 captions are held out, about one more training together; 0: none.",
     "seed": "Of the start, the batches and the frames. Costs nothing.",
 }
 

@@ -28,7 +28,6 @@ from training.recipe import Recipe
 Report = Callable[[dict[str, Any]], None]
 CHECKPOINTS = 50  # at most, of a run whose epochs are short
 MINIMUM_QUERIES = 30  # held-out captions below which a difference of recall says nothing
-FOLDS = 5
 EVIDENCE = ("steps", "timed_out", "not_enough_evidence", "cross_validation")  # what must be known to read the metrics
 
 
@@ -235,7 +234,7 @@ def cross_validate(
     recipe: Recipe,
     steps: int,
     report: Report,
-    folds: int = FOLDS,
+    folds: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """What a recipe brings on videos it has not seen, by `folds` trainings that each hold out another part of the videos.

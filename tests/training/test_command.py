@@ -28,7 +28,7 @@ from training.recipe import InvalidRecipe, Recipe
 from training.source import Source
 
 COLOURS = {"crimson": (220, 20, 40), "azure": (20, 120, 240), "lime": (120, 220, 30), "black": (5, 5, 5)}
-RECIPE = {"steps": 12, "batch_size": 4, "frames": 2, "evaluations": 3, "rank": 4, "shared": 8}
+RECIPE = {"steps": 12, "batch_size": 4, "frames": 2, "evaluations": 3, "rank": 4, "shared": 8, "folds": 0}
 
 
 @pytest.fixture(scope="module")
