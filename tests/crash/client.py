@@ -17,7 +17,7 @@ from serving import Server, clip, new_tenant
 
 TEXTS = ("a red ball", "something green", "a blue night")
 FEWEST, MOST = 12, 22  # films of a collection: enough for a trainer, and on one page of a search
-RECIPE = {"steps": 60, "batch_size": 4, "frames": 1, "rank": 2, "shared": 0, "evaluations": 2}
+RECIPE = {"steps": 60, "batch_size": 4, "frames": 1, "rank": 2, "shared": 0, "evaluations": 2, "folds": 0}
 
 
 class Broken(AssertionError):

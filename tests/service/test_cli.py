@@ -16,6 +16,7 @@ from serving import Server, clip, wait_for
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
+from service.cli import main
 
 
 def polyclip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -187,17 +188,25 @@ def test_an_evaluation_of_a_data_set_sets_an_adapter_against_the_frozen_backbone
         ("fsck",),
     ],
 )
-def test_a_command_that_reads_makes_no_data_folder(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    done = polyclip(*arguments, "--data", str(tmp_path / "typo"))
-    assert done.returncode == 1 and done.stderr.startswith("error: there is no data folder at")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_of_other_things_is_not_taken_for_a_data_folder(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").touch()
-    done = polyclip("search", "x", "--collection", "films", "--data", str(tmp_path))
-    assert done.returncode == 1 and done.stderr.startswith("error: there is no data folder at")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+@pytest.mark.parametrize("held", [(), ("notes.txt",)], ids=["not there", "of other things"])
+def test_a_command_that_reads_makes_no_data_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    held: tuple[str, ...],
+) -> None:
+    data = tmp_path if held else tmp_path / "typo"
+    for name in held:
+        (data / name).touch()
+    monkeypatch.setattr("sys.argv", ["polyclip", *arguments, "--data", str(data)])
+    before = os.umask(0o022)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    os.umask(before)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith("error: there is no data folder at") and len(told.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == list(held)
 
 
 def test_the_doctor_makes_no_data_folder(tmp_path: Path) -> None:
