@@ -36,6 +36,7 @@ test: install
 
 check: install
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest --quiet --no-header tests/test_layering.py tests/test_docs.py
 

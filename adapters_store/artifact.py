@@ -96,9 +96,7 @@ class Manifest:
         return asdict(self)
 
 
-def pack(
-    shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor], source_dtype: str | None = None
-) -> bytes:
+def pack(shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor], source_dtype: str | None = None) -> bytes:
     """The safetensors file of an adapter for the backbone of this fingerprint; equal input gives equal bytes.
 
     `source_dtype`, one of SOURCE_DTYPES, is the precision that an export writes again; the file holds float32 in any case.
@@ -129,9 +127,7 @@ def unpack(data: bytes, fit: Fit | None = None) -> Artifact:
         widths, layers = (MAX_WIDTH, MAX_WIDTH), (MAX_LAYERS, MAX_LAYERS)
         limits = zip(("visual_width", "text_width", "visual_layers", "text_layers"), widths + layers, strict=True)
         dims = TowerDims(**{name: _number(about, name, 1, most) for name, most in limits})
-        shape = AdapterShape(
-            dims, _number(about, "rank", 1, MAX_WIDTH), _number(about, "shared", 0, MAX_WIDTH), about["scope"]
-        )
+        shape = AdapterShape(dims, _number(about, "rank", 1, MAX_WIDTH), _number(about, "shared", 0, MAX_WIDTH), about["scope"])
         backbone, source_dtype = about["backbone"], facts.get("source_dtype")
         if not isinstance(backbone, str):
             raise ValueError("the backbone is not named")

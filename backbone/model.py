@@ -124,9 +124,7 @@ class Backbone:
         ids: Tensor = self._tokenizer(list(texts), context_length=length)
         room = length - 2  # the start and end tokens
         full = ids[:, -1] != 0
-        truncated = tuple(
-            bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts)
-        )
+        truncated = tuple(bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts))
         return Tokens(ids, truncated)
 
     def trim(self, tokens: Tensor) -> Tensor:

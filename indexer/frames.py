@@ -97,8 +97,8 @@ class FrameArchive:
 
     def between(self, start: float | None, end: float | None, count: int) -> tuple[str, ...]:
         """`count` frame names spread uniformly over the segments that meet [start, end] seconds (None: open)."""
-        met = [
-            s for s in self.segments if (end is None or s.start < end) and (start is None or s.end > start)
-        ] or list(self.segments)
+        met = [s for s in self.segments if (end is None or s.start < end) and (start is None or s.end > start)] or list(
+            self.segments
+        )
         names = [name for segment in met for name in segment.frames]
         return tuple(names[int((i + 0.5) * len(names) / count)] for i in range(count))

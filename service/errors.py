@@ -168,9 +168,7 @@ def _invalid_filter(request: Request, error: Exception) -> Response:
 
 def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    places = [
-        {"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()
-    ]
+    places = [{"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()]
     detail = "; ".join(f"{_cut(place['pointer']) or 'body'}: {_cut(place['detail'])}" for place in places[:MAX_ERRORS])
     return problem(request, 422, "invalid_request", detail, places)
 

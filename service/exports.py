@@ -94,9 +94,7 @@ class Export:
             "bytes": self.bytes,
             "files": self._files,
             "adapters": [{"digest": v.digest, "version": v.version, "created_at": v.created_at} for v in self._versions],
-            "generations": [
-                {"id": g.id, "adapter": g.digest, "vector_set": g.vector_set, "active": g is own[0]} for g in own
-            ],
+            "generations": [{"id": g.id, "adapter": g.digest, "vector_set": g.vector_set, "active": g is own[0]} for g in own],
         }
 
     def _note(self, video: Video, captions: list[Caption]) -> None:
@@ -172,9 +170,7 @@ class Export:
         return size, iter(lambda: file.read(CHUNK), b"")
 
 
-def _exported(
-    active: Generation, known: list[Generation], versions: list[AdapterVersion], every: bool
-) -> list[Generation]:
+def _exported(active: Generation, known: list[Generation], versions: list[AdapterVersion], every: bool) -> list[Generation]:
     """The active generation first, others that stand if `every`, and those whose vectors these search."""
     digests = {None, *(version.digest for version in versions)}
     own = [active]

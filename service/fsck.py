@@ -254,9 +254,7 @@ class Fsck:
         count = int((video.media or {})["segments"])
         return [ordinal for ordinal in range(count) if thumbnail_key(video.collection_id, video.id, ordinal) not in keys]
 
-    def _vectors_fault(
-        self, video: Video, rows: vectors.Rows, maker: Generation | None, used: bool
-    ) -> tuple[str, str] | None:
+    def _vectors_fault(self, video: Video, rows: vectors.Rows, maker: Generation | None, used: bool) -> tuple[str, str] | None:
         """A retired generation may lack videos that came later; of what it holds, nothing may be wrong."""
         if not rows:
             return ("vectors_missing", "has no vectors of it") if used else None

@@ -140,9 +140,7 @@ def _round(
         return catalog.generation(connection, tenant, generation.id), missing
 
 
-def _spread(
-    runtime: Runtime, tenant: str, generation: Generation, chunks: Sequence[Sequence[str]], progress: Progress
-) -> None:
+def _spread(runtime: Runtime, tenant: str, generation: Generation, chunks: Sequence[Sequence[str]], progress: Progress) -> None:
     """In this process, on a few threads."""
     done, total = 0, sum(len(chunk) for chunk in chunks)
     with ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunks") as pool:

@@ -449,5 +449,3 @@ def _end(runtime: Runtime, child: subprocess.Popen[str]) -> None:
             child.kill()
             child.wait()
     runtime.trainers.discard(child)
-
-

@@ -308,9 +308,7 @@ class DecoderPool:
         """`Sandbox.decode` on the next free process."""
         return self._lent(check, lambda sandbox: sandbox.decode(path, out, sampling, check))
 
-    def reopen(
-        self, path: Path, out: Path, facts: MediaFacts, sampling: Sampling, check: Check = lambda: None
-    ) -> DecodedVideo:
+    def reopen(self, path: Path, out: Path, facts: MediaFacts, sampling: Sampling, check: Check = lambda: None) -> DecodedVideo:
         """`Sandbox.reopen` on the next free process."""
         return self._lent(check, lambda sandbox: sandbox.reopen(path, out, facts, sampling, check))
 

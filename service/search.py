@@ -190,9 +190,7 @@ class Searcher:
                 else:
                     self._pinned[collection.id] = wanted
 
-    def _allowed(
-        self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event
-    ) -> set[str] | None:
+    def _allowed(self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event) -> set[str] | None:
         """Ids of the videos that a filter lets through; None without a filter. Raises DeadlinePassed."""
         if where is None:
             return None
@@ -206,9 +204,7 @@ class Searcher:
                     allowed.add(video)
         return allowed
 
-    def _pool(
-        self, view: IndexView, query: NDArray[np.float32], allowed: set[str] | None, group_by: str
-    ) -> list[Candidate]:
+    def _pool(self, view: IndexView, query: NDArray[np.float32], allowed: set[str] | None, group_by: str) -> list[Candidate]:
         """What is ranked, the same for every page of a query: the nearest `candidates` segments; for hits by video also the
         nearest segment of further videos, up to so many videos, so that one of many segments keeps no other out.
         """

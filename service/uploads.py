@@ -124,9 +124,7 @@ class _File:
         return self._hash.hexdigest()
 
 
-async def receive(
-    request: Request, scratch: Path, limit: int, fields: tuple[str, ...] = (), video: bool = True
-) -> Upload:
+async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str, ...] = (), video: bool = True) -> Upload:
     """The part `file` of a multipart body, in a new file of `scratch` that the caller must move or remove.
 
     Raises InvalidUpload, EmptyFile, FileTooLarge and, for a `video`, UnsupportedMedia; nothing is left behind then.

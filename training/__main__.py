@@ -185,9 +185,7 @@ def _test(backbone: Backbone, dataset: Dataset, recipe: Recipe, trained: Trained
     if not pairs:
         raise InvalidDataset("the split 'test' is empty: leave --test out")
     model, adapter = trained.on(backbone)
-    found = evaluate(
-        model, adapter, dataset.clips, pairs, recipe.temperature, words=recipe.words, pooling=recipe.pooling
-    )
+    found = evaluate(model, adapter, dataset.clips, pairs, recipe.temperature, words=recipe.words, pooling=recipe.pooling)
     return found.to_json(intervals=True)
 
 

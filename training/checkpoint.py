@@ -32,14 +32,10 @@ class Progress:
     kept: dict[str, Tensor] = field(default_factory=dict)  # its tensors
 
 
-def save(
-    path: Path, run: str, progress: Progress, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
-) -> None:
+def save(path: Path, run: str, progress: Progress, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
     """A full disk or a kill leaves the checkpoint before valid."""
     state = optimiser.state_dict()["state"]
-    moments = {
-        f"optimiser.{index}.{name}": value for index, values in state.items() for name, value in values.items()
-    }
+    moments = {f"optimiser.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
     everything = {
         **{f"tensor.{name}": t.detach() for name, t in tensors.items()},
         **{f"kept.{name}": t for name, t in progress.kept.items()},
@@ -58,9 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def restore(
-    path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
-) -> Progress | None:
+def restore(path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> Progress | None:
     """Puts `tensors` and `optimiser` where they stood; None if there is no checkpoint of this run (equal `run`)."""
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -100,9 +100,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def load_dataset(
-    path: Path, scratch: Path, image_size: int, frames: int = CACHED_FRAMES, decode: bool = True
-) -> Dataset:
+def load_dataset(path: Path, scratch: Path, image_size: int, frames: int = CACHED_FRAMES, decode: bool = True) -> Dataset:
     """Reads the JSONL at `path`; pixels of up to `PIXEL_BYTES` in all are decoded once, into a file in `scratch`.
 
     A caption with start and end gets the frames of that part of its video. `decode` False: another rank has filled that

@@ -100,9 +100,7 @@ class Evaluation:
             np.ascontiguousarray(best),
         )
 
-    def with_query_bank(
-        self, bank: NDArray[np.float32] | None = None, beta: float = 20.0, k: int = 1
-    ) -> Evaluation:
+    def with_query_bank(self, bank: NDArray[np.float32] | None = None, beta: float = 20.0, k: int = 1) -> Evaluation:
         """The same captions with their scores normalised by a bank of other captions: bank (B, V) or its own, see `qb_norm`.
 
         Video → text stays as it is: its hubs are captions, of which a bank of captions knows nothing.
@@ -111,9 +109,7 @@ class Evaluation:
         if bank is None:
             raise ValueError("there is no query bank")
         similarity = qb_norm(self.similarity, bank, beta, k)
-        return replace(
-            self, similarity=similarity, text_to_video=recall(similarity, self.targets), bank_queries=len(bank)
-        )
+        return replace(self, similarity=similarity, text_to_video=recall(similarity, self.targets), bank_queries=len(bank))
 
     @property
     def video_groups(self) -> tuple[Hashable, ...]:
@@ -241,9 +237,7 @@ def gain_of_hits(
     return Gain(round(float(difference.mean()), 2), *_bounds(sums[:, 0] / sums[:, 1]))
 
 
-def qb_norm(
-    similarity: NDArray[np.float32], bank: NDArray[np.float32], beta: float = 20.0, k: int = 1
-) -> NDArray[np.float32]:
+def qb_norm(similarity: NDArray[np.float32], bank: NDArray[np.float32], beta: float = 20.0, k: int = 1) -> NDArray[np.float32]:
     """Query-bank normalisation by the dynamic inverted softmax (Bogolin et al. 2022, section 3.3): (Q, V) float32.
 
     similarity (Q, V) of the queries, bank (B, V) of other queries, such as training captions, with the same gallery. Where
@@ -318,9 +312,7 @@ def encode_clips(backbone: Backbone, adapter: Adapter | None, clips: Clips, rows
     return torch.cat(parts)
 
 
-def encode_texts(
-    backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], words: int | None = None
-) -> Tensor:
+def encode_texts(backbone: Backbone, adapter: Adapter | None, texts: Sequence[str], words: int | None = None) -> Tensor:
     """Text vectors: (len(texts), D); `words` as in `evaluate`."""
     parts = []
     for i in range(0, len(texts), BATCH_TEXTS):

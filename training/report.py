@@ -120,9 +120,7 @@ def write_json(
     durable.write(path, text.encode())
 
 
-def line_plot(
-    series: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str, title: str, log_x: bool = False
-) -> str:
+def line_plot(series: Mapping[str, Sequence[Point]], xlabel: str, ylabel: str, title: str, log_x: bool = False) -> str:
     """An SVG file's text: a line for each series with its interval, as error bars (as a band from 13 points on).
 
     A series without points is left out.
@@ -245,9 +243,7 @@ def _tables(results: Mapping[str, Evaluation | None]) -> list[dict[str, Any]]:
 
 def _cells(recall: Recall, bounds: Mapping[str, tuple[float, float]]) -> list[tuple[str, str]]:
     values = recall.to_json()
-    return [
-        (f"{values[name]:.1f}", " – ".join(f"{bound:.1f}" for bound in bounds[name])) for name in METRICS
-    ]
+    return [(f"{values[name]:.1f}", " – ".join(f"{bound:.1f}" for bound in bounds[name])) for name in METRICS]
 
 
 def _gained(first: Evaluation, found: Evaluation, backwards: bool) -> Gain:

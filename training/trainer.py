@@ -276,9 +276,7 @@ def cross_validate(
     }
 
 
-def backward(
-    learner: Learner, parts: Sequence[Part], clips: Tensor, first_layers: tuple[int, int], ranks: Ranks
-) -> float:
+def backward(learner: Learner, parts: Sequence[Part], clips: Tensor, first_layers: tuple[int, int], ranks: Ranks) -> float:
     """Accumulates the gradient of the whole batch's loss in the learner's tensors; returns the loss.
 
     `parts` are this rank's, `clips` (B,) those of all ranks' rows.
@@ -378,4 +376,3 @@ def _metrics(done: Progress, split: Split, rival: Rival | None, steps: int) -> d
 
 def _quality(point: Mapping[str, Any]) -> tuple[float, float]:
     return point["text_to_video"]["R@1"], point["text_to_video"]["R@5"]
-

@@ -232,9 +232,7 @@ def write_clip(scene: Scene, path: Path) -> None:
     os.replace(aside, path)
 
 
-def write_world(
-    folder: Path, world: str, count: int, seed: int, on_clip: Callable[[int], None] | None = None
-) -> Path:
+def write_world(folder: Path, world: str, count: int, seed: int, on_clip: Callable[[int], None] | None = None) -> Path:
     """Clips `<world>-0001.mp4` … in `folder` and a `captions.jsonl` beside them, whose path is returned.
 
     Clips that are there already are not written again; `on_clip(done)` is called after each.

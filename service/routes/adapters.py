@@ -61,9 +61,7 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, house: I
 
 
 @router.post("/admin/collections/{name}/activate", status_code=202)
-def activate(
-    name: str, body: ActivateRequest, tenant: CanAdmin, house: InHouse, key: IdempotencyKey = None
-) -> dict[str, Any]:
+def activate(name: str, body: ActivateRequest, tenant: CanAdmin, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
     """Switches the collection to an adapter, or back to the frozen backbone, without a gap in its searches."""
 
     def add(connection: Connection, collection: Collection) -> Task:

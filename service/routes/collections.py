@@ -31,9 +31,7 @@ def create(body: NewCollection, tenant: CanWrite, house: InHouse, key: Idempoten
 
 
 @router.get("")
-def list_all(
-    tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None
-) -> dict[str, Any]:
+def list_all(tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
     """The tenant's collections, newest first."""
     with house.runtime.database.read() as connection:
         page = catalog.list_collections(connection, tenant.id, page_limit, paging.decode("id", page_token))

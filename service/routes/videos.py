@@ -56,9 +56,7 @@ _BODY = {
 
 
 @router.post("", status_code=202, openapi_extra=_BODY)
-async def upload(
-    name: str, request: Request, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None
-) -> dict[str, Any]:
+async def upload(name: str, request: Request, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
     """Stores a video and queues its indexing. When this answers, file and record are on disk.
 
     The same bytes in the same collection are not stored twice: the answer then names the earlier video. Captions that it

@@ -87,9 +87,7 @@ def test_the_published_file_is_one_that_fits(workshop: Workshop) -> None:
     """Whatever way an adapter comes in: the check is in front of the one place that publishes."""
     collection, data = workshop.guest.collection(), adapter(workshop, 40)
     with pytest.raises(InvalidAdapter, match="rank 40"):
-        learning.publish(
-            workshop.runtime, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data)
-        )
+        learning.publish(workshop.runtime, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data))
     assert isinstance(workshop.runtime.fit, Fit)
 
 

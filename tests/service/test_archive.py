@@ -136,9 +136,7 @@ def test_a_collection_comes_back_from_another_house_as_it_went(
     assert len(there.scores("guest")) == 6, "and it lives on there"
 
 
-def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(
-    house: House, other: House, archive: Path
-) -> None:
+def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house: House, other: House, archive: Path) -> None:
     done = taken(other, archive, "adapters")
     with house.runtime.database.read() as connection:
         here = catalog.adapters_of(connection, house.tenant.id, house.collection("films").id)
@@ -433,9 +431,7 @@ def many_frames(segments: int, frames: int) -> Callable[[Contents], None]:
         name = next(name for name in contents if name.endswith("/frames.zip"))
         with zipfile.ZipFile(io.BytesIO(contents[name])) as packed:
             jpeg = packed.read(json.loads(packed.read("index.json"))["segments"][0]["frames"][0])
-        told = [
-            {"start": n, "end": n + 1, "frames": [f"{n}-{slot}.jpg" for slot in range(frames)]} for n in range(segments)
-        ]
+        told = [{"start": n, "end": n + 1, "frames": [f"{n}-{slot}.jpg" for slot in range(frames)]} for n in range(segments)]
         memory = io.BytesIO()
         with zipfile.ZipFile(memory, "w") as packed:
             packed.writestr("index.json", json.dumps({"segments": told}))

@@ -149,9 +149,7 @@ def test_bad_frames_are_one_line(encode: Run, files: Path, tmp_path: Path, frame
         (("--out", "{files}"), "this is a folder, not a file"),
     ],
 )
-def test_other_mistakes_are_one_line(
-    encode: Run, files: Path, tmp_path: Path, options: tuple[str, ...], words: str
-) -> None:
+def test_other_mistakes_are_one_line(encode: Run, files: Path, tmp_path: Path, options: tuple[str, ...], words: str) -> None:
     code, _, told = encode("--text", "snow", "--out", tmp_path / "v.npy", *(o.format(files=files) for o in options))
     assert code == 1
     assert words in told and len(told.strip().splitlines()) == 1

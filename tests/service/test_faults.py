@@ -160,9 +160,7 @@ def test_an_adapter_that_finds_no_room_is_not_published(cramped: Workshop, disk:
     assert cramped.adapter(collection, seed=1)
 
 
-def test_a_snapshot_that_finds_no_room_is_done_without(
-    cramped: Workshop, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_that_finds_no_room_is_done_without(cramped: Workshop, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "WORTH", 1)
     collection, videos = cramped.filled([7, 8])
     with full(disk), structlog.testing.capture_logs() as logs:

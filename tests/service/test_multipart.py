@@ -77,9 +77,9 @@ def test_parts_and_their_heads_have_limits(guest: Tenant, content: bytes) -> Non
         (b'name="file";\r\n filename="a.mp4"', "a.mp4"),
         (b'name="file"', None),
         ('name="file"; filename="日本.mp4"'.encode(), "日本.mp4"),
-        (b"name=\"file\"; filename=\"x.mp4\"; filename*=UTF-8''%E6%97%A5%E6%9C%AC.mp4", "日本.mp4"),
-        (b"name=\"file\"; filename*=UTF-8''%ff; filename=\"x.mp4\"", "x.mp4"),
-        (b"name=\"file\"; filename*=nonsense''a; filename=\"x.mp4\"", "x.mp4"),
+        (b'name="file"; filename="x.mp4"; filename*=UTF-8\'\'%E6%97%A5%E6%9C%AC.mp4', "日本.mp4"),
+        (b'name="file"; filename*=UTF-8\'\'%ff; filename="x.mp4"', "x.mp4"),
+        (b'name="file"; filename*=nonsense\'\'a; filename="x.mp4"', "x.mp4"),
         ('name="file"; filename="Größe.mp4"'.encode("latin-1"), "Größe.mp4"),
     ],
 )

@@ -190,9 +190,7 @@ def test_a_published_data_set_goes_from_its_files_to_a_tested_adapter(name: str,
     source = Source(None, name, root, None, None, False)
     fields = {"preset": "paper", "batch_size": 4, "epochs": 1, "rank": 2, "shared": 4, "frames": 2}
     events: list[dict[str, Any]] = []
-    done = run(
-        source, tmp_path / "out", "builtin", None, fields, None, None, events.append, True, report, tmp_path / "board"
-    )
+    done = run(source, tmp_path / "out", "builtin", None, fields, None, None, events.append, True, report, tmp_path / "board")
     assert {"decoding", "step", "validation"} <= {event["event"] for event in events}
     assert done["test"] is not None
     _, manifest = adapters_store.read(tmp_path / "out")

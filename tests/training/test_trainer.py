@@ -190,9 +190,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(backbone: Backbone, tmp
     assert equal(train(backbone, colours(), other, quiet, folder=tmp_path), train(backbone, colours(), other, quiet))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
         train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
