@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.serving import WORDS, free_port, served
 from bench.timing import Row
-from training.worlds import write_world
+from demo.worlds import write_world
 
 VIDEOS, RATE, QUIET_SECONDS = 120, 20, 20.0
 ROOT = "bench-operator-key"

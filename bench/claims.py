@@ -153,8 +153,8 @@ def compute(cell: Cell) -> dict[str, Any]:
 
 def data(cell: Cell) -> tuple[Any, Any]:
     """The cell's training and validation pairs as a data set, and the test pairs among the same clips."""
+    from demo.worlds import scenes
     from training.dataset import ArrayClips, Dataset, Pair
-    from training.worlds import scenes
 
     pixels, splits, row = [], {}, 0
     pairs: list[Pair] = []
@@ -179,7 +179,7 @@ def pictures(world: str, split: str) -> NDArray[np.uint8]:
     from PIL import Image
 
     from backbone import to_pixels
-    from training.worlds import scenes
+    from demo.worlds import scenes
 
     count, seed = PAIRS[split]
     path = Path(gettempdir()) / f"polyclip-claims-{world}-{count}-{seed}-{FRAMES}.npy"

@@ -23,12 +23,12 @@ from sqlalchemy import insert
 from bench.serving import BACKBONE
 from bench.timing import Row
 from indexer.index import IndexView, use_one_thread
-from service import catalog
-from service.catalog import Generation
-from service.records import segments
 from service.runtime import Runtime
+from service.search.views import Views
 from service.settings import Settings
-from service.views import Views
+from service.storage import collection_rows, tenant_rows
+from service.storage.generation_rows import Generation
+from service.storage.tables import segments
 
 faiss: Any = _faiss
 DIM, K, QUERIES = 512, 200, 60
@@ -42,7 +42,7 @@ def run() -> list[Row]:
         runtime = Runtime(Settings(data=Path(folder), backbone=BACKBONE, pretrained="random"))
         runtime.prepare()
         with runtime.database.write() as connection:
-            catalog.create_tenant(connection, "bench", {})
+            tenant_rows.create_tenant(connection, "bench", {})
         try:
             small = tiny(runtime)  # first, while the process has no freed memory to give them
             rows = []
@@ -190,9 +190,9 @@ def tiny(runtime: Runtime) -> list[Row]:
 def collection(runtime: Runtime, name: str) -> tuple[str, Generation]:
     backbone = runtime.backbone.fingerprint
     with runtime.database.write() as connection:
-        tenant = catalog.tenant_named(connection, "bench")
-        catalog.create_collection(connection, tenant, name, {}, backbone)
-        return tenant.id, catalog.active_generation(connection, tenant.id, name)[1]
+        tenant = tenant_rows.tenant_named(connection, "bench")
+        collection_rows.create_collection(connection, tenant, name, {}, backbone)
+        return tenant.id, collection_rows.active_generation(connection, tenant.id, name)[1]
 
 
 def table(vectors: NDArray[np.float32], first: int = 0) -> Iterator[dict[str, Any]]:

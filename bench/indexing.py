@@ -18,12 +18,13 @@ import av
 import numpy as np
 
 from bench.timing import Row
-from service import catalog, ingest
-from service.blobs import video_key
-from service.jobs import QUEUES
-from service.records import new_id
+from service.jobs.queue import QUEUES
 from service.runtime import Runtime
 from service.settings import Settings
+from service.storage import collection_rows, tenant_rows
+from service.storage.blobs import video_key
+from service.storage.tables import new_id
+from service.videos import index, video_rows
 
 VIDEOS, FEW, SECONDS, SIZE = 24, 8, 10, (640, 360)
 
@@ -34,21 +35,21 @@ def run() -> list[Row]:
         runtime = Runtime(settings)
         runtime.prepare()
         with runtime.database.write() as connection:
-            tenant = catalog.create_tenant(connection, "bench", {})
+            tenant = tenant_rows.create_tenant(connection, "bench", {})
         files = [film(seed) for seed in range(VIDEOS)]
         warm = put(runtime, tenant, "warm", files[:2])
         for video in warm:
-            ingest.index_video(runtime, tenant.id, video)
+            index.index_video(runtime, tenant.id, video)
         apart = put(runtime, tenant, "apart", files)
-        decode = timed(apart, lambda video: ingest.prepare_frames(runtime, tenant.id, video))
-        encode = timed(apart, lambda video: ingest.embed_video(runtime, tenant.id, video))
-        both = timed(put(runtime, tenant, "both", files), lambda video: ingest.index_video(runtime, tenant.id, video))
+        decode = timed(apart, lambda video: index.prepare_frames(runtime, tenant.id, video))
+        encode = timed(apart, lambda video: index.embed_video(runtime, tenant.id, video))
+        both = timed(put(runtime, tenant, "both", files), lambda video: index.index_video(runtime, tenant.id, video))
         few = put(runtime, tenant, "few", files[: 1 + FEW])
-        timed(few, lambda video: ingest.prepare_frames(runtime, tenant.id, video))
+        timed(few, lambda video: index.prepare_frames(runtime, tenant.id, video))
         runtime.close()
         half = Runtime(settings.model_copy(update={"precision": "bfloat16"}))
-        ingest.embed_video(half, tenant.id, few[0])
-        halved = timed(few[1:], lambda video: ingest.embed_video(half, tenant.id, video)) * VIDEOS / FEW
+        index.embed_video(half, tenant.id, few[0])
+        halved = timed(few[1:], lambda video: index.embed_video(half, tenant.id, video)) * VIDEOS / FEW
         half.close()
     slower = max(decode, encode)
     return [
@@ -75,17 +76,17 @@ def timed(videos: list[str], work: Callable[[str], object]) -> float:
         return time.perf_counter() - started
 
 
-def put(runtime: Runtime, tenant: catalog.Tenant, name: str, files: list[bytes]) -> list[str]:
+def put(runtime: Runtime, tenant: tenant_rows.Tenant, name: str, files: list[bytes]) -> list[str]:
     """A collection that has received these files; the videos' ids."""
     fingerprint = runtime.backbone.fingerprint  # loaded outside of the transaction below: it writes in one of its own
     with runtime.database.write() as connection:
-        collection = catalog.create_collection(connection, tenant, name, {}, fingerprint)
+        collection = collection_rows.create_collection(connection, tenant, name, {}, fingerprint)
     videos = []
     for number, data in enumerate(files):
         video = new_id("vid")
         runtime.blobs.put(video_key(collection.id, video), data)
         with runtime.database.write() as connection:
-            catalog.add_video(connection, tenant.id, collection.id, video, "film.mp4", str(number), len(data), {}, [])
+            video_rows.add_video(connection, tenant.id, collection.id, video, "film.mp4", str(number), len(data), {}, [])
         videos.append(video)
     return videos
 

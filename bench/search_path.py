@@ -13,10 +13,11 @@ import torch
 
 from backbone import q_score
 from bench.timing import Row, compare
-from service import catalog
 from service.runtime import Runtime
-from service.search import Searcher
+from service.search.query import Searcher
 from service.settings import Settings
+from service.storage import collection_rows, segment_rows, tenant_rows
+from service.videos import video_rows
 
 VIDEOS = 2_000
 
@@ -34,8 +35,8 @@ def run() -> list[Row]:
             with torch.inference_mode():
                 query = runtime.backbone.encode_text(tokens)
             with runtime.database.read() as connection:
-                rows = catalog.segments_after(connection, tenant, generation, 0, VIDEOS)
-                frames = catalog.frame_vectors(connection, tenant, generation, [row["seq"] for row in rows])
+                rows = segment_rows.segments_after(connection, tenant, generation, 0, VIDEOS)
+                frames = segment_rows.frame_vectors(connection, tenant, generation, [row["seq"] for row in rows])
             stored = np.stack([np.frombuffer(f, np.float16).reshape(12, -1) for f in frames.values()]).astype(np.float32)
             return q_score(query, torch.from_numpy(stored)).argsort(descending=True)[:10]
 
@@ -58,15 +59,15 @@ def fill(runtime: Runtime) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     dim = runtime.backbone.embed_dim
     with runtime.database.write() as connection:
-        tenant = catalog.create_tenant(connection, "bench", {})
-        collection = catalog.create_collection(connection, tenant, "bench", {}, runtime.backbone.fingerprint)
+        tenant = tenant_rows.create_tenant(connection, "bench", {})
+        collection = collection_rows.create_collection(connection, tenant, "bench", {}, runtime.backbone.fingerprint)
         for i in range(VIDEOS):
             video = f"vid_{i:05d}"
-            catalog.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])
-            catalog.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
+            video_rows.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])
+            video_rows.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
             frames = rng.normal(size=(12, dim)).astype(np.float16)
             pooled = frames.astype(np.float32).mean(0)
             row = {"ordinal": 0, "start": 0.0, "end": 5.0, "frames": frames.tobytes()}
             row["pooled"] = (pooled / np.linalg.norm(pooled)).astype(np.float16).tobytes()
-            catalog.add_segments(connection, tenant.id, video, collection.active_generation_id, [row])
+            segment_rows.add_segments(connection, tenant.id, video, collection.active_generation_id, [row])
     return tenant.id, collection.active_generation_id

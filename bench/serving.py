@@ -151,12 +151,14 @@ async def load(url: str, targets: list[tuple[str, str]], law: str, clients: int,
 def fill(
     data: Path, tenants: int = TENANTS, each: int = EACH, videos_each: int = VIDEOS, scope: Literal["both", "text"] = "both"
 ) -> None:
-    """Tenants, collections, adapters and random vectors, through the catalog; what the naive service needs, beside it."""
+    """Tenants, collections, adapters and random vectors, through the rows; what the naive service needs, beside it."""
     import adapters_store
     from backbone import AdapterShape
-    from service import catalog, keys, learning
+    from service.adapters import train
     from service.runtime import Runtime
     from service.settings import Settings
+    from service.storage import collection_rows, generation_rows, keys, segment_rows, tenant_rows
+    from service.videos import video_rows
 
     runtime = Runtime(Settings(data=data, backbone=BACKBONE, pretrained="random", root_key=ROOT_KEY))
     runtime.prepare()
@@ -165,30 +167,30 @@ def fill(
     about = []
     for t in range(tenants):
         with runtime.database.write() as connection:
-            tenant = catalog.create_tenant(connection, f"tenant-{t}", {})
+            tenant = tenant_rows.create_tenant(connection, f"tenant-{t}", {})
             key_id, key = keys.new_key()
-            catalog.add_key(connection, tenant.id, key_id, "search", keys.hash_key(key), None)
+            tenant_rows.add_key(connection, tenant.id, key_id, "search", keys.hash_key(key), None)
         for c in range(each):
             name = f"films-{t}-{c}"
             with runtime.database.write() as connection:
-                collection = catalog.create_collection(connection, tenant, name, {}, backbone.fingerprint)
+                collection = collection_rows.create_collection(connection, tenant, name, {}, backbone.fingerprint)
             packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(each * t + c))
-            version = learning.publish(runtime, tenant.id, collection.id, packed, adapters_store.describe(packed))
+            version = train.publish(runtime, tenant.id, collection.id, packed, adapters_store.describe(packed))
             frames = rng.normal(size=(videos_each, FRAMES, backbone.embed_dim)).astype(np.float16)
             pooled = frames.astype(np.float32).mean(1)
             pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
             videos = [f"vid_{t}_{c}_{i:04d}" for i in range(videos_each)]
             with runtime.database.write() as connection:
-                generation = catalog.add_generation(
+                generation = generation_rows.add_generation(
                     connection, tenant.id, collection.id, version.id, backbone.fingerprint, None, "building"
                 )["id"]
                 for i, video in enumerate(videos):
-                    catalog.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])
-                    catalog.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
+                    video_rows.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])
+                    video_rows.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
                     row = {"ordinal": 0, "start": 0.0, "end": 5.0, "frames": frames[i].tobytes()}
                     row["pooled"] = pooled[i].astype(np.float16).tobytes()
-                    catalog.add_segments(connection, tenant.id, video, generation, [row])
-                catalog.switch(connection, tenant.id, collection.id, generation)
+                    segment_rows.add_segments(connection, tenant.id, video, generation, [row])
+                collection_rows.switch(connection, tenant.id, collection.id, generation)
             place = data / "naive" / name
             place.mkdir(parents=True)
             (place / "adapter.safetensors").write_bytes(packed)

@@ -121,7 +121,7 @@ class IndexView:
         """Follows rows of the table `segments` in order; rows seen before are passed over.
 
         Rows of one vector set must become visible in the order of their sequence numbers, and the segments of a video
-        together: `catalog.add_segments` sees to both. Raises StaleView for a video that is here already.
+        together: `segment_rows.add_segments` sees to both. Raises StaleView for a video that is here already.
         """
         fresh = [row for row in rows if row["seq"] > self.tip[0]]
         if not fresh:

@@ -11,16 +11,16 @@ from anyio import to_thread
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service import catalog, errors
-from service.jobs import Jobs
-from service.keys import Guesses
-from service.metrics import HouseCollector
-from service.middleware import Head, Metrics, Observe
-from service.routes import adapters, admin, archive, collections, health, media, search, tasks, videos
-from service.routes.access import House
+from service.http import adapters, admin, archive, collections, health, media, problems, search, tasks, videos
+from service.http.auth import House
+from service.http.metrics import HouseCollector
+from service.http.middleware import Head, Metrics, Observe
+from service.jobs.queue import Jobs
 from service.runtime import Runtime
-from service.search import Searcher
+from service.search.query import Searcher
 from service.settings import Settings
+from service.storage import facts
+from service.storage.keys import Guesses
 
 DESCRIPTION = """Text-to-video retrieval for many collections: one frozen CLIP, one small adapter per collection."""
 
@@ -33,7 +33,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         own = runtime or Runtime(settings)
         await to_thread.run_sync(own.prepare)
         with own.database.read() as connection:
-            secret = catalog.fact(connection, "signing_secret")
+            secret = facts.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
         app.state.house = House(own, Searcher(own), jobs, secret, Guesses(settings.wrong_keys))
@@ -48,7 +48,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
     app.add_middleware(Head)
-    errors.install(app)
+    problems.install(app)
     for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)
     return app

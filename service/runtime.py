@@ -27,11 +27,11 @@ from backbone import BUILTIN, RANDOM, Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
 from indexer.decode import DecodedVideo, Decoder, MediaFacts, Sampling
 from indexer.sandbox import Check, Limits, Sandbox
-from service import catalog, keys
-from service.blobs import BlobMissing, Blobs, adapter_key
-from service.catalog import Generation
-from service.database import Database
 from service.settings import Settings
+from service.storage import facts, keys
+from service.storage.blobs import BlobMissing, Blobs, adapter_key
+from service.storage.database import Database
+from service.storage.generation_rows import Generation
 
 CLOSE_SECONDS = 5.0
 CPU_FRAMES = 12  # of each thread in one forward there: more are no faster, and an upload waits for those before it
@@ -89,13 +89,13 @@ class Runtime:
         with (self.settings.data / "migrate.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with self.database.write() as connection:
-                if catalog.fact(connection, "signing_secret") is None:
-                    catalog.set_fact(connection, "signing_secret", secrets.token_hex(32))
+                if facts.fact(connection, "signing_secret") is None:
+                    facts.set_fact(connection, "signing_secret", secrets.token_hex(32))
                 if self.settings.root_key is not None:
-                    catalog.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
-                elif catalog.fact(connection, "root_key_hash") is None:
+                    facts.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
+                elif facts.fact(connection, "root_key_hash") is None:
                     _, made = keys.new_key()
-                    catalog.set_fact(connection, "root_key_hash", keys.hash_key(made))
+                    facts.set_fact(connection, "root_key_hash", keys.hash_key(made))
         return made
 
     @cached_property
@@ -104,7 +104,7 @@ class Runtime:
         if self.settings.backbone is not None:
             return BackboneChoice(self.settings.backbone, self.settings.pretrained)
         with self.database.read() as connection:
-            recorded = catalog.fact(connection, "backbone")
+            recorded = facts.fact(connection, "backbone")
         return BackboneChoice(recorded["name"], recorded["pretrained"]) if recorded else BackboneChoice("builtin", None)
 
     @cached_property
@@ -130,13 +130,13 @@ class Runtime:
         choice = self.choice
         backbone = threads.apart(lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype))
         with self.database.write() as connection:
-            recorded = catalog.fact(connection, "backbone")
+            recorded = facts.fact(connection, "backbone")
             if recorded is None:
                 pretrained = self.choice.pretrained
                 if pretrained is not None and Path(pretrained).is_file():
                     pretrained = str(Path(pretrained).absolute())
                 recorded = {"name": self.choice.name, "pretrained": pretrained, "fingerprint": backbone.fingerprint}
-                catalog.set_fact(connection, "backbone", recorded)
+                facts.set_fact(connection, "backbone", recorded)
         if recorded["fingerprint"] != backbone.fingerprint:
             raise OtherBackbone(
                 f"this data folder was made with backbone {recorded['name']} ({recorded['fingerprint'][:12]}), "

@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from indexer.formats import as_markdown
-from service.cli import app
+from service.cli.main import app
 from service.settings import Settings
 from training.recipe import RANGES, Recipe
 

@@ -12,6 +12,15 @@ MAY_IMPORT = {
     "indexer": {"backbone"},
     "training": {"backbone", "adapters_store", "indexer"},
     "service": {"backbone", "adapters_store", "indexer", "training"},
+    "demo": {"backbone", "adapters_store", "indexer", "training", "service"},
+}
+FEATURES = {"search", "videos", "adapters", "upkeep"}
+ROOMS = {  # inside `service`: a room, and those that it may import
+    "storage": set(),
+    "jobs": {"storage"},
+    **{feature: FEATURES | {"jobs", "storage"} for feature in FEATURES},
+    "http": FEATURES | {"jobs", "storage"},
+    "cli": FEATURES | {"jobs", "storage"},
 }
 
 

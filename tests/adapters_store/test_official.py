@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adapters_store import InvalidAdapter, from_official, pack, read_state, to_official, unpack
 from backbone import AdapterShape, TowerDims, load_backbone
-from service.cli import main
+from service.cli.main import main
 
 B32 = TowerDims(768, 12, 512, 12)
 DIMS = TowerDims(visual_width=64, visual_layers=2, text_width=32, text_layers=2)

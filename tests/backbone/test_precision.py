@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from backbone import AdapterShape, AdapterStack, Backbone, FlatAdapter, Slots, load_backbone, q_score, to_pixels
 from backbone.linear import HalfWeights
-from training.worlds import scenes
+from demo.worlds import scenes
 
 VIDEOS = 100
 DEVICES = [

@@ -16,10 +16,10 @@ from client import TEXTS, Client, Shelf, must
 from reference import score
 from serving import clip
 
-from service import cleanup
-from service.fsck import Fsck
 from service.runtime import Runtime
 from service.settings import Settings
+from service.upkeep import delete
+from service.upkeep.fsck import Fsck
 
 REST_SECONDS = 120.0
 TOLERANCE = 2e-3  # of a score: vectors are kept as float16
@@ -167,7 +167,7 @@ def swept(data: Path) -> int:
     """What crashes have left without an owner is found by the sweep, and then every file has a row; how many there were."""
     files = {path for path in (data / "blobs").rglob("*") if path.is_file()}
     runtime = Runtime(Settings(data=data))
-    cleanup.sweep(runtime, grace=0)
+    delete.sweep(runtime, grace=0)
     findings = [finding.to_json() for finding in Fsck(runtime, deep=True).run()]
     runtime.close()
     must(not findings, "after the sweep `polyclip fsck --deep` finds nothing", findings)

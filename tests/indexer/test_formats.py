@@ -11,7 +11,7 @@ from videos import write_sound, write_video
 
 from indexer.decode import DecodeError, decode
 from indexer.formats import DEMUXERS, HEAD_BYTES, VIDEO_SUFFIXES, looks_like_video
-from service.uploads import SNIFF_BYTES, UnsupportedMedia, check_container
+from service.http.uploads import SNIFF_BYTES, UnsupportedMedia, check_container
 
 KINDS = {
     "a.mp4": {},

@@ -13,13 +13,21 @@ from sqlalchemy import func, select
 
 import adapters_store
 from backbone import AdapterShape
-from service import catalog, generations, ingest, learning
-from service.blobs import video_key
-from service.catalog import AdapterVersion, Caption, Collection, Tenant, Video
-from service.records import metadata, new_id
+from service.adapters import activate as generations
+from service.adapters import train
+from service.adapters.adapter_rows import AdapterVersion
 from service.runtime import Runtime
-from service.search import Searcher
+from service.search.query import Searcher
 from service.settings import Settings
+from service.storage import collection_rows, tenant_rows
+from service.storage.blobs import video_key
+from service.storage.collection_rows import Collection
+from service.storage.tables import metadata, new_id
+from service.storage.tenant_rows import Tenant
+from service.upkeep import archive_rows
+from service.videos import index as ingest
+from service.videos import video_rows
+from service.videos.video_rows import Caption, Video
 
 
 class House:
@@ -38,12 +46,12 @@ class House:
 
     def add_tenant(self, name: str, **quotas: int) -> Tenant:
         with self.runtime.database.write() as connection:
-            return catalog.create_tenant(connection, name, quotas)
+            return tenant_rows.create_tenant(connection, name, quotas)
 
     def add_collection(self, name: str, **settings: Any) -> Collection:
         fingerprint = self.runtime.backbone.fingerprint
         with self.runtime.database.write() as connection:
-            return catalog.create_collection(connection, self.tenant, name, settings, fingerprint)
+            return collection_rows.create_collection(connection, self.tenant, name, settings, fingerprint)
 
     def add_video(self, collection: Collection, number: int, seconds: float = 1.0, index: bool = True) -> Video:
         """A clip with a caption and metadata; `index` False: it stays pending."""
@@ -52,7 +60,7 @@ class House:
         row = (f"clip-{number}.mp4", hashlib.sha256(data).hexdigest(), len(data), {"number": number})
         with self.runtime.database.write() as connection:
             captions = [Caption(f"colour number {number}", 0.0, seconds), Caption("ein Ball für Zoë")]
-            catalog.add_video(connection, self.tenant.id, collection.id, video, *row, captions)
+            video_rows.add_video(connection, self.tenant.id, collection.id, video, *row, captions)
         if index:
             ingest.index_video(self.runtime, self.tenant.id, video)
         return self.video(video)
@@ -66,7 +74,7 @@ class House:
         tensors = {name: 30 * tensor for name, tensor in shape.initial(seed).items()}
         data = adapters_store.pack(shape, backbone.fingerprint, tensors)
         manifest = adapters_store.describe(data, data={"validation_videos": list(held_out)}, recipe={"seed": seed})
-        version = learning.publish(self.runtime, self.tenant.id, collection.id, data, manifest)
+        version = train.publish(self.runtime, self.tenant.id, collection.id, data, manifest)
         self.activate(collection, version.id)
         return version
 
@@ -77,21 +85,21 @@ class House:
 
     def collection(self, name: str, tenant: Tenant | None = None) -> Collection:
         with self.runtime.database.read() as connection:
-            return catalog.collection_named(connection, (tenant or self.tenant).id, name)
+            return collection_rows.collection_named(connection, (tenant or self.tenant).id, name)
 
     def video(self, video: str) -> Video:
         with self.runtime.database.read() as connection:
-            return catalog.video(connection, self.tenant.id, video)
+            return video_rows.video(connection, self.tenant.id, video)
 
     def videos(self, name: str, tenant: Tenant | None = None) -> dict[str, Video]:
         """The collection's videos by file name."""
         found = self.collection(name, tenant)
         with self.runtime.database.read() as connection:
-            return {v.filename: v for v in catalog.videos_after(connection, found.tenant_id, found.id, "", 1000)}
+            return {v.filename: v for v in archive_rows.videos_after(connection, found.tenant_id, found.id, "", 1000)}
 
     def captions(self, video: Video) -> list[Caption]:
         with self.runtime.database.read() as connection:
-            return catalog.captions_of(connection, video.tenant_id, [video.id])[video.id]
+            return video_rows.captions_of(connection, video.tenant_id, [video.id])[video.id]
 
     def scores(self, name: str, tenant: Tenant | None = None, text: str = "a red ball") -> list[tuple[str, int, float]]:
         """(file name, segment, score) of every hit, best first."""

@@ -11,7 +11,7 @@ import pytest
 from serving import ROOT_KEY, Server, new_tenant
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.main import app
 
 
 def polyclip(data: Path, *arguments: str, status: int = 0) -> Any:

@@ -12,10 +12,11 @@ from workshop import Workshop
 import adapters_store
 from adapters_store import Fit, InvalidAdapter, pack
 from backbone import AdapterShape, TowerDims
-from service import catalog, learning
-from service.catalog import Task
-from service.learning import TurnOver
-from service.work import TURN_WAITS, Report, Shift
+from service.adapters import train as learning
+from service.adapters.train import TurnOver
+from service.jobs import task_rows
+from service.jobs.run import TURN_WAITS, Report, Shift
+from service.jobs.task_rows import Task
 
 
 def sent(workshop: Workshop, collection: str, data: bytes) -> Any:
@@ -123,7 +124,7 @@ def asked(workshop: Workshop) -> Task:
     """A training that waits."""
     collection = workshop.id(workshop.guest.collection())
     with workshop.runtime.database.write() as connection:
-        return catalog.add_task(connection, workshop.tenant, collection, "train_adapter", {"recipe": {}, "activate": "never"})
+        return task_rows.add_task(connection, workshop.tenant, collection, "train_adapter", {"recipe": {}, "activate": "never"})
 
 
 def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
     first, second, theirs = asked(workshop), asked(workshop), asked(other)
     assert shift.run(workshop.tenant, first.id) is not None, "it comes back into the queue"
     with workshop.runtime.database.read() as connection:
-        waiting = catalog.task(connection, workshop.tenant, first.id)
+        waiting = task_rows.task(connection, workshop.tenant, first.id)
     assert (waiting.status, waiting.attempts) == ("queued", 0)
     assert shift.run(workshop.tenant, second.id) is not None, "the other tenant goes first"
     assert shift.run(other.tenant, theirs.id) is None
@@ -169,7 +170,7 @@ def test_a_tenant_whose_training_never_comes_holds_up_nobody(workshop: Workshop,
 def test_a_training_tells_what_is_left_from_its_first_step(workshop: Workshop) -> None:
     task = asked(workshop)
     with workshop.runtime.database.write() as connection:
-        catalog.start_task(connection, workshop.tenant, task.id)
+        task_rows.start_task(connection, workshop.tenant, task.id)
     report = Report(Shift(workshop.runtime), task)
     report._last = 0.0
     report(learning.TRAINING * 1 / 100_000, "step 1 of 100000")

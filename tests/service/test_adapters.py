@@ -8,7 +8,7 @@ from serving import Server, Tenant, clip, wait_for
 
 from adapters_store import pack
 from backbone import AdapterShape, TowerDims
-from service.learning import verdict
+from service.adapters.train import verdict
 
 RECIPE = {"steps": 4, "batch_size": 8, "frames": 2, "evaluations": 1, "learning_rate": 0.05}
 

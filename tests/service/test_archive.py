@@ -19,15 +19,18 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import backbone
-from service import catalog, cleanup, exports, imports, ingest
 from service.app import create_app
-from service.archive import Archive, InvalidArchive, Writer
-from service.blobs import frames_key, thumbnail_key, video_key
-from service.catalog import AlreadyExists, InvalidName, NotFound, QuotaExceeded
-from service.cli import app
-from service.imports import ArchiveOfOtherBackbone
+from service.cli.main import app
+from service.jobs import task_rows
+from service.jobs.run import Shift
 from service.settings import Settings
-from service.work import Shift
+from service.storage import tenant_rows
+from service.storage.blobs import frames_key, thumbnail_key, video_key
+from service.storage.rows import AlreadyExists, InvalidName, NotFound, QuotaExceeded
+from service.upkeep import archive_rows, check_rows, delete, export_collection, import_collection
+from service.upkeep.archive import Archive, InvalidArchive, Writer
+from service.upkeep.import_collection import ArchiveOfOtherBackbone
+from service.videos import index
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +76,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def exported(house: House, to: Path, name: str = "films", files: bool = True, **more: Any) -> Path:
     with to.open("wb") as file:
-        file.writelines(exports.Export(house.runtime, house.tenant.id, name, files, **more).chunks())
+        file.writelines(export_collection.Export(house.runtime, house.tenant.id, name, files, **more).chunks())
     return to
 
 
-def taken(house: House, archive: Path, name: str, **more: Any) -> imports.Imported:
-    return imports.import_archive(house.runtime, more.pop("tenant", house.tenant), archive, name=name, **more)
+def taken(house: House, archive: Path, name: str, **more: Any) -> import_collection.Imported:
+    return import_collection.import_archive(house.runtime, more.pop("tenant", house.tenant), archive, name=name, **more)
 
 
 def members(archive: Path) -> dict[str, bytes]:
@@ -139,9 +142,9 @@ def test_a_collection_comes_back_from_another_house_as_it_went(
 def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house: House, other: House, archive: Path) -> None:
     done = taken(other, archive, "adapters")
     with house.runtime.database.read() as connection:
-        here = catalog.adapters_of(connection, house.tenant.id, house.collection("films").id)
+        here = archive_rows.adapters_of(connection, house.tenant.id, house.collection("films").id)
     with other.runtime.database.read() as connection:
-        there = catalog.adapters_of(connection, other.tenant.id, done.collection_id)
+        there = archive_rows.adapters_of(connection, other.tenant.id, done.collection_id)
     facts = ("version", "digest", "created_at")
     assert [[getattr(v, f) for f in facts] for v in there] == [[getattr(v, f) for f in facts] for v in here]
     videos = other.videos("adapters")
@@ -155,7 +158,7 @@ def test_the_vectors_of_retired_generations_come_along_if_asked_for(house: House
     taken(other, exported(house, tmp_path / "all.tar", every_generation=True), "all")
     collection = other.collection("all")
     with other.runtime.database.read() as connection:
-        first, _ = catalog.adapters_of(connection, other.tenant.id, collection.id)
+        first, _ = archive_rows.adapters_of(connection, other.tenant.id, collection.id)
     assert other.activate(collection, first.id) == 0
     assert other.activate(collection, None) == 0
 
@@ -199,30 +202,30 @@ def test_without_files_all_else_works_and_an_upload_brings_one_back(house: House
     assert other.scores("small") == house.scores("films")
     assert all(video.media and video.media["stored"] is False for video in other.videos("small").values())
     assert other.activate(other.collection("small"), None) == 4, "embedded anew, from the frames"
-    again = exports.Export(other.runtime, other.tenant.id, "small", files=True)
+    again = export_collection.Export(other.runtime, other.tenant.id, "small", files=True)
     assert len(members_of(again, tmp_path)) == 4 and again.left_out["damaged"] == []
     video = other.videos("small")["clip-1.mp4"]
     (tmp_path / "data").write_bytes(clip(1))
-    assert ingest.restore_file(other.runtime, video, tmp_path / "data")
+    assert index.restore_file(other.runtime, video, tmp_path / "data")
     assert "stored" not in (other.videos("small")["clip-1.mp4"].media or {})
 
 
 def test_what_is_unfinished_goes_along_with_its_file_and_is_indexed_there(house: House, other: House, tmp_path: Path) -> None:
     drafts = house.add_collection("drafts")
     waiting, broken = house.add_video(drafts, 6, index=False), house.add_video(drafts, 7)
-    ingest.fail_video(house.runtime, house.tenant.id, broken.id, "no_frames", "nothing to be seen")
-    out = exports.Export(house.runtime, house.tenant.id, "drafts", files=False)
+    index.fail_video(house.runtime, house.tenant.id, broken.id, "no_frames", "nothing to be seen")
+    out = export_collection.Export(house.runtime, house.tenant.id, "drafts", files=False)
     assert members_of(out, tmp_path) == []
     assert (out.left_out["failed"], out.left_out["unfinished"]) == ([broken.id], [waiting.id])
     (video,) = taken(other, exported(house, tmp_path / "drafts.tar", "drafts"), "drafts").queued
     assert video.status == "pending"
-    ingest.index_video(other.runtime, other.tenant.id, video.id)
+    index.index_video(other.runtime, other.tenant.id, video.id)
     assert [name for name, _, _ in other.scores("drafts")] == ["clip-6.mp4"]
     with other.runtime.database.read() as connection:
-        assert catalog.task(connection, other.tenant.id, video.task_id).status == "succeeded"
+        assert task_rows.task(connection, other.tenant.id, video.task_id).status == "succeeded"
 
 
-def members_of(out: exports.Export, folder: Path) -> list[str]:
+def members_of(out: export_collection.Export, folder: Path) -> list[str]:
     """The videos in an export."""
     (folder / "out.tar").write_bytes(b"".join(out.chunks()))
     return [name.split("/")[1] for name in members(folder / "out.tar") if name.endswith("/video.json")]
@@ -231,10 +234,10 @@ def members_of(out: exports.Export, folder: Path) -> list[str]:
 def test_a_video_that_is_deleted_during_an_export_is_left_out_and_named(house: House, tmp_path: Path) -> None:
     going = house.add_collection("going")
     first, second = house.add_video(going, 8), house.add_video(going, 9)
-    out = exports.Export(house.runtime, house.tenant.id, "going", files=True)
+    out = export_collection.Export(house.runtime, house.tenant.id, "going", files=True)
     with house.runtime.database.write() as connection:
-        cleanup.delete_video(connection, house.tenant.id, going.id, second.id)
-    cleanup.purge_video(house.runtime, house.tenant.id, going.id, second.id)
+        delete.delete_video(connection, house.tenant.id, going.id, second.id)
+    delete.purge_video(house.runtime, house.tenant.id, going.id, second.id)
     assert members_of(out, tmp_path) == [first.id]
     assert out.left_out["deleted"] == [second.id]
     assert json.loads(members(tmp_path / "out.tar")["contents.json"])["left_out"]["deleted"] == [second.id]
@@ -245,11 +248,11 @@ def test_what_is_damaged_is_named_and_made_again_where_it_arrives(house: House, 
     frameless, fileless = house.add_video(worn, 10), house.add_video(worn, 11)
     house.runtime.blobs.delete(frames_key(worn.id, frameless.id))
     house.runtime.blobs.delete(video_key(worn.id, fileless.id))
-    out = exports.Export(house.runtime, house.tenant.id, "worn", files=True)
+    out = export_collection.Export(house.runtime, house.tenant.id, "worn", files=True)
     assert sorted(members_of(out, tmp_path)) == sorted([frameless.id, fileless.id])
     assert sorted(out.left_out["damaged"]) == sorted([frameless.id, fileless.id])
     (queued,) = taken(other, tmp_path / "out.tar", "worn").queued
-    ingest.index_video(other.runtime, other.tenant.id, queued.id)
+    index.index_video(other.runtime, other.tenant.id, queued.id)
     assert rounded(other.scores("worn")) == rounded(house.scores("worn"))
 
 
@@ -266,7 +269,7 @@ def test_an_archive_of_another_backbone_is_refused_or_embedded_anew_without_adap
         assert (len(done.queued), done.adapters, len(done.left_out)) == (4, 0, 2)
         assert {video.status for video in done.queued} == {"queued"}
         for video in done.queued:
-            ingest.index_video(strange.runtime, strange.tenant.id, video.id)
+            index.index_video(strange.runtime, strange.tenant.id, video.id)
         assert len(strange.scores("films")) == 5
 
 
@@ -285,25 +288,25 @@ def test_an_import_that_dies_is_seen_by_nobody_and_swept_away(
     """kill -9: no clean-up of the import's own runs."""
     before = there.inventory()
     with monkeypatch.context() as patch:
-        patch.setattr(cleanup, "purge_collection", lambda *_: None)
-        patch.setattr(catalog, "reveal", lambda *_: 1 / 0)
+        patch.setattr(delete, "purge_collection", lambda *_: None)
+        patch.setattr(archive_rows, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             taken(there, archive, "dying")
     assert there.inventory()[0]["segments"] > before[0]["segments"]
     with pytest.raises(NotFound):
         there.scores("dying")
     with there.runtime.database.read() as connection:
-        assert catalog.usage(connection, there.tenant.id)["videos"] == sum(len(there.videos(c)) for c in names(there))
-    cleanup.sweep(there.runtime)
+        assert tenant_rows.usage(connection, there.tenant.id)["videos"] == sum(len(there.videos(c)) for c in names(there))
+    delete.sweep(there.runtime)
     assert there.inventory() != before, "the sweep leaves what may still be under way"
-    cleanup.sweep(there.runtime, grace=0)
+    delete.sweep(there.runtime, grace=0)
     assert there.inventory() == before
     taken(there, archive, "dying")
 
 
 def names(house: House) -> list[str]:
     with house.runtime.database.read() as connection:
-        return [collection.name for collection in catalog.living_collections(connection, house.tenant.id)]
+        return [collection.name for collection in check_rows.living_collections(connection, house.tenant.id)]
 
 
 # --- hostile files
@@ -540,7 +543,7 @@ def work(tenant: Tenant, task: str) -> Any:
     """Runs a task as a worker would; the task."""
     runtime = tenant.client.app.state.house.runtime
     with runtime.database.read() as connection:
-        owner = catalog.tenant_named(connection, tenant.name).id
+        owner = tenant_rows.tenant_named(connection, tenant.name).id
     Shift(runtime).run(owner, task)
     return tenant.get(f"/tasks/{task}").json()
 
@@ -624,15 +627,15 @@ def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
     assert tenant.call("POST", "/admin/collections/import", **sent).json() == answer.json()
     runtime = client.app.state.house.runtime
     with runtime.database.read() as connection:
-        owner = catalog.tenant_named(connection, tenant.name)
-        queued = catalog.task(connection, owner.id, answer.json()["task_id"])
+        owner = tenant_rows.tenant_named(connection, tenant.name)
+        queued = task_rows.task(connection, owner.id, answer.json()["task_id"])
     with monkeypatch.context() as patch:  # the worker is killed just before the end
-        patch.setattr(cleanup, "purge_collection", lambda *_: None)
-        patch.setattr(catalog, "reveal", lambda *_: 1 / 0)
+        patch.setattr(delete, "purge_collection", lambda *_: None)
+        patch.setattr(archive_rows, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            imports.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
+            import_collection.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
     assert work(tenant, queued.id)["status"] == "succeeded"
-    again = imports.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
+    again = import_collection.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
     assert again["collection"] == "films", "done already"
     assert len(tenant.found("films")) == 4
 

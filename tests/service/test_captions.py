@@ -13,9 +13,12 @@ from house import House
 from serving import clip
 from workshop import Workshop
 
-from service import catalog, imports, mistakes
-from service.offline import InvalidCaptions, index_files, read_captions
+from service.cli import mistakes
+from service.cli.local import InvalidCaptions, index_files, read_captions
 from service.settings import Settings
+from service.storage import collection_rows, tenant_rows
+from service.upkeep import import_collection
+from service.videos import video_rows
 
 
 def written(path: Path, *rows: dict[str, Any], start: bytes = b"") -> Path:
@@ -39,10 +42,10 @@ def index(tmp_path: Path, captions: Path | None, *paths: Path) -> dict[str, Any]
 def held(tmp_path: Path) -> dict[str, list[list[str]]]:
     """The captions of each video, by file name."""
     with House(tmp_path / "data", tenant="looker") as house, house.runtime.database.read() as connection:
-        tenant = catalog.tenant_named(connection, "default")
-        films = catalog.collection_named(connection, tenant.id, "films")
-        rows = catalog.list_videos(connection, tenant.id, films.id, None, 50, None).rows
-        texts = catalog.captions_of(connection, tenant.id, [row.id for row in rows])
+        tenant = tenant_rows.tenant_named(connection, "default")
+        films = collection_rows.collection_named(connection, tenant.id, "films")
+        rows = video_rows.list_videos(connection, tenant.id, films.id, None, 50, None).rows
+        texts = video_rows.captions_of(connection, tenant.id, [row.id for row in rows])
     found: dict[str, list[list[str]]] = {}
     for row in sorted(rows, key=lambda row: row.id):
         found.setdefault(row.filename, []).append([caption.text for caption in texts[row.id]])
@@ -129,9 +132,9 @@ def test_a_video_has_1000_captions_from_an_upload_too(workshop: Workshop) -> Non
 
 def test_a_video_has_1000_captions_from_an_archive_too() -> None:
     record = {"captions": [{"text": "x"}] * 1001, "size": 1, "sha256": "0" * 64, "metadata": {}, "filename": "a.mp4"}
-    with pytest.raises(imports.InvalidArchive, match="1000 captions"):
-        imports._told(record)
-    assert len(imports._told({**record, "captions": record["captions"][:1000]})[1]) == 1000  # type: ignore[index]
+    with pytest.raises(import_collection.InvalidArchive, match="1000 captions"):
+        import_collection._told(record)
+    assert len(import_collection._told({**record, "captions": record["captions"][:1000]})[1]) == 1000  # type: ignore[index]
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "once"}])

@@ -1,4 +1,4 @@
-"""The catalog on a real SQLite and, where there is one, a real PostgreSQL."""
+"""The rows on a real SQLite and, where there is one, a real PostgreSQL."""
 
 import threading
 from collections.abc import Iterator
@@ -9,10 +9,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import func, select
 
-from service import catalog, idempotency
-from service.catalog import AlreadyExists, NotFound, Tenant
-from service.database import Database
-from service.records import metadata, now
+from service.adapters import adapter_rows
+from service.jobs import task_rows
+from service.storage import collection_rows, generation_rows, idempotency, segment_rows, tenant_rows
+from service.storage.database import Database
+from service.storage.rows import AlreadyExists, NotFound
+from service.storage.tables import metadata, now
+from service.storage.tenant_rows import Tenant
+from service.upkeep import erase_rows
+from service.videos import video_rows
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
@@ -31,12 +36,12 @@ def row(ordinal: int = 0) -> dict[str, object]:
     return {"ordinal": ordinal, "start": 0.0, "end": 1.0, "pooled": b"\0\0", "frames": b"\0\0"}
 
 
-def tenant_and_video(database: Database, name: str = "acme") -> tuple[Tenant, catalog.Collection, str]:
+def tenant_and_video(database: Database, name: str = "acme") -> tuple[Tenant, collection_rows.Collection, str]:
     video = f"vid_{name}"
     with database.write() as connection:
-        tenant = catalog.create_tenant(connection, name, {})
-        collection = catalog.create_collection(connection, tenant, "films", {}, "f" * 64)
-        catalog.add_video(connection, tenant.id, collection.id, video, "a.mp4", "0", 10, {"k": [1, "ü"]}, [])
+        tenant = tenant_rows.create_tenant(connection, name, {})
+        collection = collection_rows.create_collection(connection, tenant, "films", {}, "f" * 64)
+        video_rows.add_video(connection, tenant.id, collection.id, video, "a.mp4", "0", 10, {"k": [1, "ü"]}, [])
     return tenant, collection, video
 
 
@@ -49,7 +54,7 @@ def test_the_migrations_make_exactly_the_tables(database: Database) -> None:
 def test_collection_and_generation_are_read_together(database: Database) -> None:
     tenant, collection, _ = tenant_and_video(database)
     with database.read() as connection:
-        found, generation = catalog.active_generation(connection, tenant.id, "films")
+        found, generation = collection_rows.active_generation(connection, tenant.id, "films")
     assert found == collection
     assert (generation.id, generation.state, generation.digest) == (collection.active_generation_id, "active", None)
     assert generation.vector_set == generation.id
@@ -59,14 +64,16 @@ def test_a_switch_leaves_exactly_one_active_generation(database: Database) -> No
     tenant, collection, _ = tenant_and_video(database)
     manifest = {"digest": "d" * 64, "scope": "both"}
     with database.write() as connection:
-        version = catalog.add_adapter(connection, tenant.id, collection.id, manifest)
-        assert catalog.add_adapter(connection, tenant.id, collection.id, manifest) == version, "the same bytes are one version"
-        made = catalog.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "building")
+        version = adapter_rows.add_adapter(connection, tenant.id, collection.id, manifest)
+        assert adapter_rows.add_adapter(connection, tenant.id, collection.id, manifest) == version, (
+            "the same bytes are one version"
+        )
+        made = generation_rows.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "building")
     with database.write() as connection:
-        catalog.switch(connection, tenant.id, collection.id, made["id"])
+        collection_rows.switch(connection, tenant.id, collection.id, made["id"])
     with database.read() as connection:
-        states = sorted(g.state for g in catalog.generations_of(connection, tenant.id, collection.id))
-        _, active = catalog.active_generation(connection, tenant.id, "films")
+        states = sorted(g.state for g in generation_rows.generations_of(connection, tenant.id, collection.id))
+        _, active = collection_rows.active_generation(connection, tenant.id, "films")
     assert states == ["active", "retired"]
     assert (active.id, active.digest) == (made["id"], "d" * 64)
 
@@ -74,11 +81,11 @@ def test_a_switch_leaves_exactly_one_active_generation(database: Database) -> No
 def test_a_switch_that_fails_half_way_changes_nothing(database: Database) -> None:
     tenant, collection, _ = tenant_and_video(database)
     with pytest.raises(RuntimeError), database.write() as connection:
-        made = catalog.add_generation(connection, tenant.id, collection.id, None, "f" * 64, None, "building")
-        catalog.switch(connection, tenant.id, collection.id, made["id"])
+        made = generation_rows.add_generation(connection, tenant.id, collection.id, None, "f" * 64, None, "building")
+        collection_rows.switch(connection, tenant.id, collection.id, made["id"])
         raise RuntimeError("a crash before the commit")
     with database.read() as connection:
-        _, active = catalog.active_generation(connection, tenant.id, "films")
+        _, active = collection_rows.active_generation(connection, tenant.id, "films")
     assert active.id == collection.active_generation_id
 
 
@@ -86,14 +93,14 @@ def test_vectors_are_stored_once_and_a_deletion_is_a_tombstone_with_a_later_numb
     tenant, collection, video = tenant_and_video(database)
     vectors = collection.active_generation_id
     with database.write() as connection:
-        catalog.set_video(connection, tenant.id, video, status="ready")
-        assert [v.id for v in catalog.missing_vectors(connection, tenant.id, collection.id, vectors)] == [video]
+        video_rows.set_video(connection, tenant.id, video, status="ready")
+        assert [v.id for v in segment_rows.missing_vectors(connection, tenant.id, collection.id, vectors)] == [video]
         for _ in range(2):
-            catalog.add_segments(connection, tenant.id, video, vectors, [row(0), row(1)])
-        assert catalog.missing_vectors(connection, tenant.id, collection.id, vectors) == []
-        before = catalog.segments_after(connection, tenant.id, vectors, 0, 100)
-        catalog.mark_video_deleted(connection, tenant.id, video)
-        after = catalog.segments_after(connection, tenant.id, vectors, before[-1]["seq"], 100)
+            segment_rows.add_segments(connection, tenant.id, video, vectors, [row(0), row(1)])
+        assert segment_rows.missing_vectors(connection, tenant.id, collection.id, vectors) == []
+        before = segment_rows.segments_after(connection, tenant.id, vectors, 0, 100)
+        video_rows.mark_video_deleted(connection, tenant.id, video)
+        after = segment_rows.segments_after(connection, tenant.id, vectors, before[-1]["seq"], 100)
     assert [r["ordinal"] for r in before] == [0, 1]
     assert [r["ordinal"] for r in after] == [-1]
 
@@ -104,27 +111,27 @@ def test_the_rows_of_a_set_become_visible_in_the_order_of_their_numbers(database
     tenant, collection, first = tenant_and_video(database)
     vectors, second, ended = collection.active_generation_id, "vid_second", threading.Event()
     with database.write() as connection:
-        catalog.add_video(connection, tenant.id, collection.id, second, "b.mp4", "1", 10, {}, [])
+        video_rows.add_video(connection, tenant.id, collection.id, second, "b.mp4", "1", 10, {}, [])
 
     def write() -> None:
         with database.write() as connection:
             if later == "added":
-                catalog.add_segments(connection, tenant.id, second, vectors, [row()])
+                segment_rows.add_segments(connection, tenant.id, second, vectors, [row()])
             else:
-                catalog.mark_video_deleted(connection, tenant.id, second)
+                video_rows.mark_video_deleted(connection, tenant.id, second)
         ended.set()
 
     thread = threading.Thread(target=write)
     with database.write() as connection:
-        catalog.add_segments(connection, tenant.id, first, vectors, [row()])
+        segment_rows.add_segments(connection, tenant.id, first, vectors, [row()])
         thread.start()
         assert not ended.wait(0.5)
         with database.read() as reader:
-            assert catalog.segments_after(reader, tenant.id, vectors, 0, 10) == []
+            assert segment_rows.segments_after(reader, tenant.id, vectors, 0, 10) == []
     thread.join(timeout=30)
     with database.read() as connection:
-        rows = catalog.segments_after(connection, tenant.id, vectors, 0, 10)
-        held = catalog.tally(connection, tenant.id, vectors)
+        rows = segment_rows.segments_after(connection, tenant.id, vectors, 0, 10)
+        held = segment_rows.tally(connection, tenant.id, vectors)
     assert [(r["video_id"], r["ordinal"]) for r in rows] == [(first, 0), (second, 0 if later == "added" else -1)]
     seqs = [r["seq"] for r in rows]
     assert held == (max(seqs), 2, sum(seqs), max(first, second))
@@ -134,31 +141,31 @@ def test_no_function_finds_another_tenants_rows(database: Database) -> None:
     tenant, collection, video = tenant_and_video(database)
     other, _, _ = tenant_and_video(database, "borealis")
     with database.write() as connection:
-        catalog.add_segments(connection, tenant.id, video, collection.active_generation_id, [row()])
+        segment_rows.add_segments(connection, tenant.id, video, collection.active_generation_id, [row()])
         with pytest.raises(NotFound):
-            catalog.video(connection, other.id, video)
+            video_rows.video(connection, other.id, video)
         with pytest.raises(NotFound):
-            catalog.generation(connection, other.id, collection.active_generation_id)
-        assert catalog.segments_after(connection, other.id, collection.active_generation_id, 0, 10) == []
-        assert catalog.videos_by_id(connection, other.id, [video]) == {}
-        assert catalog.lock_collection(connection, other.id, collection.id) is None
-        assert catalog.tally(connection, other.id, collection.active_generation_id) == (0, 0, 0, "")
-        assert catalog.searched_sets(connection, tenant.id) == {collection.active_generation_id}
-        assert collection.active_generation_id not in catalog.searched_sets(connection, other.id)
+            generation_rows.generation(connection, other.id, collection.active_generation_id)
+        assert segment_rows.segments_after(connection, other.id, collection.active_generation_id, 0, 10) == []
+        assert video_rows.videos_by_id(connection, other.id, [video]) == {}
+        assert collection_rows.lock_collection(connection, other.id, collection.id) is None
+        assert segment_rows.tally(connection, other.id, collection.active_generation_id) == (0, 0, 0, "")
+        assert segment_rows.searched_sets(connection, tenant.id) == {collection.active_generation_id}
+        assert collection.active_generation_id not in segment_rows.searched_sets(connection, other.id)
         with pytest.raises(NotFound):
-            catalog.add_segments(connection, other.id, video, collection.active_generation_id, [row()])
-        assert not catalog.set_video(connection, other.id, video, status="failed")
-        catalog.drop_vectors(connection, other.id, collection.active_generation_id)
-        assert catalog.has_vectors(connection, tenant.id, video, collection.active_generation_id)
+            segment_rows.add_segments(connection, other.id, video, collection.active_generation_id, [row()])
+        assert not video_rows.set_video(connection, other.id, video, status="failed")
+        segment_rows.drop_vectors(connection, other.id, collection.active_generation_id)
+        assert segment_rows.has_vectors(connection, tenant.id, video, collection.active_generation_id)
 
 
 def test_a_name_is_taken_once_and_free_after_deletion(database: Database) -> None:
     tenant, collection, _ = tenant_and_video(database)
     with database.write() as connection:
         with pytest.raises(AlreadyExists):
-            catalog.create_collection(connection, tenant, "films", {}, "f" * 64)
-        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
-        assert catalog.create_collection(connection, tenant, "films", {}, "f" * 64).id != collection.id
+            collection_rows.create_collection(connection, tenant, "films", {}, "f" * 64)
+        collection_rows.mark_collection_deleted(connection, tenant.id, collection.id)
+        assert collection_rows.create_collection(connection, tenant, "films", {}, "f" * 64).id != collection.id
 
 
 def test_what_is_erased_is_gone_and_what_is_not_marked_stays(database: Database) -> None:
@@ -166,40 +173,40 @@ def test_what_is_erased_is_gone_and_what_is_not_marked_stays(database: Database)
     tenant, collection, video = tenant_and_video(database)
     other, kept, film = tenant_and_video(database, "borealis")
     with database.write() as connection:
-        catalog.set_captions(connection, tenant.id, video, [catalog.Caption("a red ball")])
-        version = catalog.add_adapter(connection, tenant.id, collection.id, {"digest": "d" * 64, "scope": "both"})
-        made = catalog.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "retired")["id"]
-        task = catalog.add_task(connection, tenant.id, collection.id, "activate", {"adapter_id": version.id})
+        video_rows.set_captions(connection, tenant.id, video, [video_rows.Caption("a red ball")])
+        version = adapter_rows.add_adapter(connection, tenant.id, collection.id, {"digest": "d" * 64, "scope": "both"})
+        made = generation_rows.add_generation(connection, tenant.id, collection.id, version.id, "f" * 64, None, "retired")["id"]
+        task = task_rows.add_task(connection, tenant.id, collection.id, "activate", {"adapter_id": version.id})
         for key, answer in (("a", {"video_id": video}), ("b", {"task_id": task.id}), ("c", {"id": collection.id})):
             idempotency.remember(connection, tenant.id, key, "0", answer)
-        catalog.end_task(connection, tenant.id, task.id, "succeeded")
+        task_rows.end_task(connection, tenant.id, task.id, "succeeded")
         for vectors in (made, collection.active_generation_id):
-            catalog.add_segments(connection, tenant.id, video, vectors, [row(0), row(1), row(2)])
-        assert catalog.erase_videos(connection, tenant.id, [video]) == 0, "not marked"
-        assert catalog.erase_adapter(connection, tenant.id, collection.id, version.id) is None
-        catalog.erase_collection(connection, tenant.id, collection.id)
-        catalog.erase_tenant(connection, tenant.id)
-        catalog.mark_video_deleted(connection, tenant.id, video)
-        assert not catalog.remove_generation(connection, tenant.id, collection.active_generation_id), "in use"
+            segment_rows.add_segments(connection, tenant.id, video, vectors, [row(0), row(1), row(2)])
+        assert erase_rows.erase_videos(connection, tenant.id, [video]) == 0, "not marked"
+        assert erase_rows.erase_adapter(connection, tenant.id, collection.id, version.id) is None
+        erase_rows.erase_collection(connection, tenant.id, collection.id)
+        erase_rows.erase_tenant(connection, tenant.id)
+        video_rows.mark_video_deleted(connection, tenant.id, video)
+        assert not generation_rows.remove_generation(connection, tenant.id, collection.active_generation_id), "in use"
     with database.write() as connection:
-        catalog.mark_adapter_deleted(connection, tenant.id, collection.id, version.id)
+        adapter_rows.mark_adapter_deleted(connection, tenant.id, collection.id, version.id)
         later = now()
         marked = {("video", tenant.id, collection.id, video), ("adapter", tenant.id, collection.id, version.id)}
-        assert set(catalog.forgotten(connection, later)) == marked
-        assert catalog.erase_adapter(connection, tenant.id, collection.id, version.id) == ("d" * 64, [made])
-        assert catalog.orphaned_vector_sets(connection) == [made]
-        assert catalog.drop_vectors(connection, other.id, collection.active_generation_id) == 0, "another tenant's"
-        assert catalog.drop_vectors(connection, None, made) == 1, "a tombstone"
-        assert catalog.erase_videos(connection, tenant.id, [video, film]) == 1
-        catalog.mark_collection_deleted(connection, tenant.id, collection.id)
-        catalog.erase_collection(connection, tenant.id, collection.id)
-        catalog.drop_vectors(connection, None, collection.active_generation_id)
-        catalog.mark_tenant_deleted(connection, tenant.id)
-        catalog.erase_tenant(connection, tenant.id)
+        assert set(erase_rows.forgotten(connection, later)) == marked
+        assert erase_rows.erase_adapter(connection, tenant.id, collection.id, version.id) == ("d" * 64, [made])
+        assert erase_rows.orphaned_vector_sets(connection) == [made]
+        assert segment_rows.drop_vectors(connection, other.id, collection.active_generation_id) == 0, "another tenant's"
+        assert segment_rows.drop_vectors(connection, None, made) == 1, "a tombstone"
+        assert erase_rows.erase_videos(connection, tenant.id, [video, film]) == 1
+        collection_rows.mark_collection_deleted(connection, tenant.id, collection.id)
+        erase_rows.erase_collection(connection, tenant.id, collection.id)
+        segment_rows.drop_vectors(connection, None, collection.active_generation_id)
+        tenant_rows.mark_tenant_deleted(connection, tenant.id)
+        erase_rows.erase_tenant(connection, tenant.id)
     with database.read() as connection:
         left = {table.name: connection.scalar(select(func.count()).select_from(table)) for table in metadata.sorted_tables}
-        assert catalog.known_videos(connection, [video, film]) == {film}
-        assert catalog.known_collections(connection, [collection.id, kept.id]) == {kept.id}
+        assert erase_rows.known_videos(connection, [video, film]) == {film}
+        assert erase_rows.known_collections(connection, [collection.id, kept.id]) == {kept.id}
     names = ("tenants", "collections", "generations", "videos", "tasks")  # the neighbour's
     assert left == {name: 1 if name in names else 0 for name in left}
 

@@ -13,11 +13,15 @@ from serving import ROOT, Tenant, new_tenant
 from sqlalchemy import select
 from workshop import Workshop, application
 
-from service import catalog, cleanup, generations
-from service.blobs import frames_key, video_key
-from service.records import metadata
+from service.adapters import activate
+from service.jobs import task_rows
+from service.jobs.run import Shift
 from service.runtime import Runtime
-from service.work import Shift
+from service.storage import collection_rows, facts, generation_rows
+from service.storage.blobs import frames_key, video_key
+from service.storage.tables import metadata
+from service.upkeep import delete, erase_rows
+from service.videos import video_rows
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def purge_with_crashes(workshop: Workshop) -> int:
     for allowed in range(100):
         try:
             with writes(workshop.runtime, allowed):
-                cleanup.purge(workshop.runtime, task)
+                delete.purge(workshop.runtime, task)
         except KeyboardInterrupt:
             continue
         workshop.work()
@@ -90,7 +94,7 @@ def test_a_deleted_video_leaves_no_row_no_file_and_no_word(workshop: Workshop) -
     assert workshop.guest.call("DELETE", path).status_code == 404
     workshop.work()
     assert tables_naming(workshop.runtime, gone) == {"segments", "tasks"}, "its tombstone and its purge"
-    cleanup.sweep(workshop.runtime)
+    delete.sweep(workshop.runtime)
     assert files_naming(workshop.runtime, text, f"/{gone}") == []
     assert workshop.guest.found(collection) == [stays]
 
@@ -107,8 +111,8 @@ def test_a_purge_that_dies_at_any_transaction_goes_on(workshop: Workshop) -> Non
     assert workshop.guest.call("DELETE", f"/collections/{collection}").status_code == 204
     assert workshop.guest.call("DELETE", f"/collections/{collection}").status_code == 404
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cleanup, "VIDEOS", 1)
-        patch.setattr(cleanup, "VECTORS", 2)
+        patch.setattr(delete, "VIDEOS", 1)
+        patch.setattr(delete, "VECTORS", 2)
         assert purge_with_crashes(workshop) > 5
     names = (key, *videos, adapter, answer["id"])
     assert tables_naming(workshop.runtime, *names) == {"tasks"}, "the purges"
@@ -132,7 +136,7 @@ def test_an_adapter_that_searches_use_is_not_deleted(workshop: Workshop) -> None
     assert files_naming(workshop.runtime, digest) == []
     assert workshop.states(collection) == {None: "active"}
     with workshop.runtime.database.read() as connection:
-        assert not catalog.orphaned_vector_sets(connection)
+        assert not erase_rows.orphaned_vector_sets(connection)
 
 
 def adapter_digest(workshop: Workshop, adapter: str) -> str:
@@ -179,18 +183,18 @@ def test_deleting_a_collection_cancels_what_runs_on_it(workshop: Workshop) -> No
     runtime, tenant = workshop.runtime, workshop.tenant
     with runtime.database.write() as connection:
         request = {"recipe": {}, "activate": "never"}
-        task = catalog.add_task(connection, tenant, workshop.id(collection), "train_adapter", request)
-        catalog.start_task(connection, tenant, task.id)
+        task = task_rows.add_task(connection, tenant, workshop.id(collection), "train_adapter", request)
+        task_rows.start_task(connection, tenant, task.id)
     scratch = runtime.settings.scratch / f"train-{task.id}"
     scratch.mkdir()
     (scratch / "dataset.jsonl").write_text("a caption")
-    cleanup.sweep_orphans(runtime)
+    delete.sweep_orphans(runtime)
     assert scratch.exists(), "its training runs, or will go on"
     workshop.guest.call("DELETE", f"/collections/{collection}")
     with runtime.database.read() as connection:
-        assert catalog.task(connection, tenant, task.id).cancel_requested
+        assert task_rows.task(connection, tenant, task.id).cancel_requested
     workshop.work()
-    cleanup.sweep_orphans(runtime)
+    delete.sweep_orphans(runtime)
     assert not scratch.exists()
 
 
@@ -201,9 +205,9 @@ def test_retention_keeps_the_last_ones_the_frozen_one_and_what_is_shared(worksho
     for adapter in adapters:
         workshop.activate(collection, adapter)
     before = workshop.generations(collection)
-    cleanup.retain(workshop.runtime)
+    delete.retain(workshop.runtime)
     assert workshop.generations(collection) == before, "searches may still be under way on those that were left just now"
-    cleanup.retain(workshop.runtime, settled=0)
+    delete.retain(workshop.runtime, settled=0)
     assert workshop.states(collection) == {None: "retired", **dict.fromkeys(adapters[2:4], "retired"), adapters[4]: "active"}
     gone = {g.vector_set for g in before} - {g.vector_set for g in workshop.generations(collection)}
     assert len(gone) == 1, "the text one searched the frozen one's"
@@ -218,12 +222,12 @@ def test_retention_by_age(workshop: Workshop) -> None:
     adapter = workshop.adapter(collection, 1)
     workshop.activate(collection, adapter)
     workshop.activate(collection, None)
-    cleanup.retain(workshop.runtime, settled=0)
+    delete.retain(workshop.runtime, settled=0)
     assert workshop.states(collection) == {None: "active", adapter: "retired"}
     with workshop.runtime.database.write() as connection:
         when = "2020-01-01T00:00:00.000000Z"
         connection.exec_driver_sql("update generations set retired_at = ? where adapter_id = ?", (when, adapter))
-    cleanup.retain(workshop.runtime)
+    delete.retain(workshop.runtime)
     assert workshop.states(collection) == {None: "active"}
 
 
@@ -231,11 +235,11 @@ def test_a_generation_that_is_removed_under_the_hands_of_its_builder_is_made_ane
     """Nothing is written for a generation that has no row any more."""
     collection, videos = workshop.filled([1])
     adapter = workshop.adapter(collection, 1)
-    generation, _ = generations._round(workshop.runtime, workshop.tenant, workshop.id(collection), adapter, None)
+    generation, _ = activate._round(workshop.runtime, workshop.tenant, workshop.id(collection), adapter, None)
     with workshop.runtime.database.write() as connection:
-        catalog.set_generation_state(connection, workshop.tenant, generation.id, "retired")
-        assert catalog.remove_generation(connection, workshop.tenant, generation.id)
-    assert generations.fill_chunk(workshop.runtime, workshop.tenant, generation.id, videos) == []
+        generation_rows.set_generation_state(connection, workshop.tenant, generation.id, "retired")
+        assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)
+    assert activate.fill_chunk(workshop.runtime, workshop.tenant, generation.id, videos) == []
     assert tables_naming(workshop.runtime, generation.id) == set()
 
 
@@ -251,12 +255,12 @@ def test_the_sweep_finds_files_without_a_row_but_touches_no_young_one(workshop: 
     for blob in lost:
         runtime.blobs.put(blob, b"lost")
     before = {p: p.stat().st_mtime for p in folder.rglob("*") if p.is_file()}
-    assert cleanup.sweep_orphans(runtime)["files"] == 0, "a file comes before its row"
-    long_ago = time.time() - 2 * cleanup.GRACE
+    assert delete.sweep_orphans(runtime)["files"] == 0, "a file comes before its row"
+    long_ago = time.time() - 2 * delete.GRACE
     for path in before:
         os.utime(path, (long_ago, long_ago))
     runtime.blobs.put(young := video_key(key, "vid_young"), b"young")
-    assert cleanup.sweep_orphans(runtime)["files"] == len(lost)
+    assert delete.sweep_orphans(runtime)["files"] == len(lost)
     left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert left == {str(p.relative_to(folder)) for p in before} - set(lost) | {young}
     assert video_key(key, video) in left and adapter_digest(workshop, adapter) in " ".join(left)
@@ -269,14 +273,14 @@ def test_the_sweep_purges_what_was_marked_and_forgotten(workshop: Workshop) -> N
     collection, (video,) = workshop.filled([1], words("a stork"))
     key = workshop.id(collection)
     with workshop.runtime.database.write() as connection:
-        catalog.mark_video_deleted(connection, workshop.tenant, video)
-    cleanup.sweep(workshop.runtime)
+        video_rows.mark_video_deleted(connection, workshop.tenant, video)
+    delete.sweep(workshop.runtime)
     assert "videos" in tables_naming(workshop.runtime, video), "its own purge may be on its way"
-    cleanup.sweep(workshop.runtime, grace=0)
+    delete.sweep(workshop.runtime, grace=0)
     assert tables_naming(workshop.runtime, video) == {"segments"}
     with workshop.runtime.database.write() as connection:
-        catalog.mark_collection_deleted(connection, workshop.tenant, key)
-    cleanup.sweep(workshop.runtime, grace=0)
+        collection_rows.mark_collection_deleted(connection, workshop.tenant, key)
+    delete.sweep(workshop.runtime, grace=0)
     assert tables_naming(workshop.runtime, key) == set()
 
 
@@ -287,10 +291,10 @@ def test_the_sweep_drops_vectors_whose_generation_is_gone(workshop: Workshop) ->
     workshop.activate(collection, None)
     frozen, generation = workshop.generations(collection)
     with workshop.runtime.database.write() as connection:
-        assert catalog.remove_generation(connection, workshop.tenant, generation.id)  # and here the process dies
-        assert not catalog.remove_generation(connection, workshop.tenant, frozen.id), "in use"
+        assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)  # and here the process dies
+        assert not generation_rows.remove_generation(connection, workshop.tenant, frozen.id), "in use"
     assert tables_naming(workshop.runtime, generation.id) == {"tasks", "segments"}
-    assert cleanup.sweep_orphans(workshop.runtime)["vector_sets"] == 1
+    assert delete.sweep_orphans(workshop.runtime)["vector_sets"] == 1
     assert tables_naming(workshop.runtime, generation.id) == {"tasks"}
     assert len(workshop.held(collection, None)) == 3
 
@@ -308,13 +312,13 @@ def test_other_writers_get_their_turn_while_much_is_deleted(workshop: Workshop) 
             )
     key = workshop.id(collection)
     workshop.guest.call("DELETE", f"/collections/{collection}")
-    purge = threading.Thread(target=cleanup.purge_collection, args=[runtime, tenant, key])
+    purge = threading.Thread(target=delete.purge_collection, args=[runtime, tenant, key])
     purge.start()
     slowest, turns = 0.0, 0
     while purge.is_alive():
         started = time.monotonic()
         with runtime.database.write() as connection:
-            catalog.set_fact(connection, "turn", turns)
+            facts.set_fact(connection, "turn", turns)
         slowest, turns = max(slowest, time.monotonic() - started), turns + 1
         time.sleep(0.01)
     purge.join()

@@ -16,7 +16,7 @@ from serving import Server, clip, wait_for
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
-from service.cli import main
+from service.cli.main import main
 
 
 def polyclip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

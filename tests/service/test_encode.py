@@ -13,7 +13,7 @@ import torch
 
 import adapters_store
 from backbone import Adapter, AdapterShape, Backbone, load_backbone
-from service.cli import main
+from service.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -10,8 +10,8 @@ import pytest
 from serving import ROOT, Tenant, clip, new_tenant
 from structlog.testing import capture_logs
 
-from service.keys import sign
-from service.paging import encode
+from service.http.paging import encode
+from service.storage.keys import sign
 
 
 def check_problem(answer: Any, status: int, code: str) -> dict[str, Any]:

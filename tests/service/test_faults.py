@@ -23,18 +23,22 @@ from workshop import Workshop
 
 from adapters_store import describe, pack, read, write
 from backbone import AdapterShape, TowerDims
-from service import catalog, ingest, learning, views
+from service.adapters import adapter_rows, train
+from service.adapters.train import TrainingFailed
 from service.app import create_app
-from service.blobs import adapter_key, frames_key, video_key
-from service.database import Database
-from service.doctor import examine
-from service.learning import TrainingFailed
-from service.mistakes import explain
-from service.records import api_keys, new_id
+from service.cli.doctor import examine
+from service.cli.mistakes import explain
+from service.jobs import task_rows
+from service.jobs.run import Shift
 from service.runtime import Runtime
-from service.search import Searcher
+from service.search import views
+from service.search.query import Searcher
 from service.settings import Settings
-from service.work import Shift
+from service.storage import collection_rows, facts
+from service.storage.blobs import adapter_key, frames_key, video_key
+from service.storage.database import Database
+from service.storage.tables import api_keys, new_id
+from service.videos import index, video_rows
 from training import checkpoint
 
 HOUR = 3600
@@ -138,13 +142,13 @@ def test_a_training_whose_checkpoint_finds_no_room_waits_for_it(
         checkpoint.write_tensors(disk / "c.safetensors", {"a": torch.ones(100_000)}, {})
     collection = cramped.id(cramped.guest.collection())
     with cramped.runtime.database.write() as connection:
-        task = catalog.add_task(connection, cramped.tenant, collection, "train_adapter", {})
+        task = task_rows.add_task(connection, cramped.tenant, collection, "train_adapter", {})
     for error, goes_on in ((told.value, True), (OSError("the device is gone"), False)):
 
         def fails(*_: Any, said: str = str(error)) -> None:
             raise TrainingFailed("io_error", said)  # its process tells it in words
 
-        monkeypatch.setattr(learning, "train_adapter", fails)
+        monkeypatch.setattr(train, "train_adapter", fails)
         again = Shift(cramped.runtime).run(cramped.tenant, task.id, cramped.runtime.settings.job_tries)
         assert (again is not None) == goes_on
 
@@ -221,18 +225,18 @@ def test_what_a_client_was_promised_survives_a_power_failure(tmp_path: Path, mon
         assert runtime.blobs.get(video_key(collection_id, video)) == clip(13)
         Shift(runtime).run(tenant, answer.json()["task_id"])
         with runtime.database.read() as connection:
-            assert catalog.video(connection, tenant, video).status == "ready"
-            assert catalog.video(connection, tenant, gone)
+            assert video_rows.video(connection, tenant, video).status == "ready"
+            assert video_rows.video(connection, tenant, gone)
     with reopened(after_import / "new" / "data") as runtime, runtime.database.read() as connection:
-        version = catalog.adapter(connection, tenant, collection_id, adapter)
+        version = adapter_rows.adapter(connection, tenant, collection_id, adapter)
         assert describe(runtime.blobs.get(adapter_key(collection_id, version.digest))).digest == version.digest
     with reopened(after_delete / "new" / "data") as runtime, runtime.database.read() as connection:
-        assert list(catalog.videos_by_id(connection, tenant, [gone, video])) == [video]
+        assert list(video_rows.videos_by_id(connection, tenant, [gone, video])) == [video]
     with reopened(after_archive / "new" / "data") as runtime:
         Shift(runtime).run(tenant, moved.json()["task_id"])
         with runtime.database.read() as connection:
-            copied = catalog.collection_named(connection, tenant, "copy")
-            assert sum(catalog.counts(connection, tenant, copied.id).values()) == 1
+            copied = collection_rows.collection_named(connection, tenant, "copy")
+            assert sum(collection_rows.counts(connection, tenant, copied.id).values()) == 1
 
 
 @contextmanager
@@ -305,13 +309,13 @@ def test_cached_frames_that_are_damaged_or_gone_are_made_again(
     blobs, key = workshop.runtime.blobs, frames_key(generation.collection_id, video)
     whole = blobs.get(key)
     with workshop.runtime.database.read() as connection:
-        record = catalog.video(connection, workshop.tenant, video)
-    vectors = ingest.segment_rows(workshop.runtime, record, generation)
+        record = video_rows.video(connection, workshop.tenant, video)
+    vectors = index.embedded_segments(workshop.runtime, record, generation)
     if damage is None:
         blobs.delete(key)
     else:
         blobs.put(key, damage(whole))
-    assert ingest.segment_rows(workshop.runtime, record, generation) == vectors
+    assert index.embedded_segments(workshop.runtime, record, generation) == vectors
     assert blobs.get(key) == whole
 
 
@@ -407,7 +411,7 @@ def test_a_database_that_stays_locked_is_told(workshop: Workshop) -> None:
 
 
 def test_the_journal_shrinks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.database.JOURNAL_BYTES", 100_000)
+    monkeypatch.setattr("service.storage.database.JOURNAL_BYTES", 100_000)
     database, journal = Database(f"sqlite:///{tmp_path / 'd.sqlite'}"), tmp_path / "d.sqlite-wal"
     with database.write() as connection:
         connection.execute(text("create table t (x)"))
@@ -474,7 +478,7 @@ def test_lists_keep_their_order_and_pages_when_the_clock_is_set_back(workshop: W
 def test_no_task_ends_before_it_began(workshop: Workshop, clock: Clock, seconds: int) -> None:
     collection = workshop.guest.collection()
     answer = workshop.guest.upload(collection, clip(43))
-    ingest.prepare_frames(workshop.runtime, workshop.tenant, answer.json()["video_id"])
+    index.prepare_frames(workshop.runtime, workshop.tenant, answer.json()["video_id"])
     clock.seconds = seconds
     workshop.done(answer)
     task = workshop.task(answer)
@@ -520,7 +524,7 @@ def test_only_a_sign_of_life_of_now_is_one(workshop: Workshop, clock: Clock) -> 
 
     def beat(name: str) -> None:
         with workshop.runtime.database.write() as connection:
-            catalog.worker_seen(connection, name)
+            facts.worker_seen(connection, name)
 
     beat("one that dies")
     assert worker()

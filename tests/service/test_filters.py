@@ -11,10 +11,11 @@ from house import House
 from sqlalchemy import update
 
 from backbone.batcher import DeadlinePassed
-from service import catalog, filters
-from service.filters import MOST_OPERANDS, InvalidFilter
-from service.records import videos
-from service.search import Searcher
+from service.search import filters
+from service.search.filters import MOST_OPERANDS, InvalidFilter
+from service.search.query import Searcher
+from service.storage.tables import videos
+from service.videos import video_rows
 
 ODD = 'a "quoted" \\ name'
 METADATA: dict[str, Any] = {
@@ -96,7 +97,7 @@ def test_of_the_metadata_only_the_names_asked_for_are_read(tmp_path: Path) -> No
         with house.runtime.database.read() as connection:
 
             def read(*names: str) -> dict[str, Any]:
-                [(found, values)] = catalog.filterable(connection, house.tenant.id, collection.id, names)
+                [(found, values)] = video_rows.filterable(connection, house.tenant.id, collection.id, names)
                 assert found == video.id and values["duration"] and values["filename"] == "clip-1.mp4"
                 return values["metadata"]
 

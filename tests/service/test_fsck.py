@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 from house import House
 from serving import clip
-from sqlalchemy import delete, insert, update
+from sqlalchemy import delete as delete_from
+from sqlalchemy import insert, update
 from typer.testing import CliRunner
 
-from service import catalog, cleanup, ingest
-from service.blobs import adapter_key, frames_key, thumbnail_key, video_key
-from service.catalog import Collection, Video
-from service.cli import app
-from service.fsck import Finding, Fsck
-from service.records import captions, collections, generations, segments, tasks
-from service.search import Searcher
+from service.adapters import adapter_rows
+from service.cli.main import app
+from service.search.query import Searcher
+from service.storage import collection_rows
+from service.storage.blobs import adapter_key, frames_key, thumbnail_key, video_key
+from service.storage.collection_rows import Collection
+from service.storage.tables import captions, collections, generations, segments, tasks
+from service.upkeep import archive_rows, delete
+from service.upkeep.fsck import Finding, Fsck
+from service.videos import index, video_rows
+from service.videos.video_rows import Video
 
 numbers = itertools.count(1)
 
@@ -44,7 +49,7 @@ def films(house: House) -> Iterator[Collection]:
     assert found(house) == []
     yield made
     with house.runtime.database.write() as connection:
-        catalog.mark_collection_deleted(connection, house.tenant.id, made.id)
+        collection_rows.mark_collection_deleted(connection, house.tenant.id, made.id)
 
 
 def found(house: House, repair: bool = False, deep: bool = False) -> list[Finding]:
@@ -89,12 +94,12 @@ def lose_a_thumbnail(house: House, films: Collection, video: Video) -> None:
 
 def active_set(house: House, films: Collection) -> str:
     with house.runtime.database.read() as connection:
-        return catalog.active_generation(connection, house.tenant.id, films.name)[1].vector_set
+        return collection_rows.active_generation(connection, house.tenant.id, films.name)[1].vector_set
 
 
 def lose_vectors(house: House, films: Collection, video: Video) -> None:
     with house.runtime.database.write() as connection:
-        connection.execute(delete(segments).where(segments.c.video_id == video.id))
+        connection.execute(delete_from(segments).where(segments.c.video_id == video.id))
 
 
 def in_vectors(**values: bytes) -> Damage:
@@ -108,7 +113,7 @@ def in_vectors(**values: bytes) -> Damage:
 
 def lose_a_segment(house: House, films: Collection, video: Video) -> None:
     with house.runtime.database.write() as connection:
-        connection.execute(delete(segments).where(segments.c.video_id == video.id, segments.c.ordinal == 0))
+        connection.execute(delete_from(segments).where(segments.c.video_id == video.id, segments.c.ordinal == 0))
 
 
 NAN = np.full(128, np.nan, np.float16).tobytes()
@@ -154,7 +159,7 @@ def test_without_frames_and_file_nothing_can_be_made_again(house: House, films: 
     assert all(finding.mend is None and finding.outcome is None for finding in reported)
     upload = house.runtime.settings.scratch / "upload"
     upload.write_bytes(clip(1, 2.0))
-    assert ingest.restore_file(house.runtime, video, upload)
+    assert index.restore_file(house.runtime, video, upload)
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired", "repaired"]
     assert found(house) == []
 
@@ -175,7 +180,7 @@ def test_a_video_that_was_imported_without_its_file_is_sound(house: House, films
     video = one(house, films)
     house.runtime.blobs.delete(video_key(films.id, video.id))
     with house.runtime.database.write() as connection:
-        catalog.set_video(connection, house.tenant.id, video.id, media={**(video.media or {}), "stored": False})
+        video_rows.set_video(connection, house.tenant.id, video.id, media={**(video.media or {}), "stored": False})
     assert found(house) == []
     lose_frames(house, films, video)
     assert [finding.mend for finding in found(house)] == [None], "there is nothing to decode"
@@ -183,7 +188,7 @@ def test_a_video_that_was_imported_without_its_file_is_sound(house: House, films
 
 def test_an_adapter_comes_back_from_a_copy_or_is_told(house: House, films: Collection) -> None:
     with house.runtime.database.read() as connection:
-        (version,) = catalog.adapters_of(connection, house.tenant.id, films.id)
+        (version,) = archive_rows.adapters_of(connection, house.tenant.id, films.id)
     key = adapter_key(films.id, version.digest)
     data = house.runtime.blobs.get(key)
     house.runtime.blobs.put(key, data[:-4] + bytes(4))
@@ -193,7 +198,7 @@ def test_an_adapter_comes_back_from_a_copy_or_is_told(house: House, films: Colle
     assert codes(found(house)) == ["adapter_missing"]
     copy = house.add_collection(f"copy-{films.name}")
     with house.runtime.database.write() as connection:
-        catalog.add_adapter(connection, house.tenant.id, copy.id, version.manifest)
+        adapter_rows.add_adapter(connection, house.tenant.id, copy.id, version.manifest)
     house.runtime.blobs.put(adapter_key(copy.id, version.digest), data)
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired"]
     assert house.runtime.blobs.get(key) == data
@@ -215,7 +220,7 @@ def test_searches_use_one_active_generation(house: House, films: Collection, poi
 
 def test_a_collection_without_any_generation_is_searched_with_the_frozen_backbone(house: House, films: Collection) -> None:
     with house.runtime.database.write() as connection:
-        connection.execute(delete(generations).where(generations.c.collection_id == films.id))
+        connection.execute(delete_from(generations).where(generations.c.collection_id == films.id))
     reported = found(house, repair=True)
     assert codes(reported) == ["vectors_of_nothing", "vectors_of_nothing", "active_generation_wrong"]
     assert {finding.outcome for finding in reported} == {"repaired"}
@@ -227,7 +232,7 @@ def test_a_video_that_nothing_works_on_is_indexed(house: House, films: Collectio
     video = house.add_video(films, 2, index=False)
     assert found(house) == [], "its task is waiting"
     with house.runtime.database.write() as connection:
-        connection.execute(delete(tasks).where(tasks.c.id == video.task_id))
+        connection.execute(delete_from(tasks).where(tasks.c.id == video.task_id))
     assert codes(found(house)) == ["video_abandoned"]
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired"]
     assert house.video(video.id).status == "ready" and found(house) == []
@@ -288,7 +293,7 @@ def test_a_video_that_is_deleted_while_it_is_looked_at_is_no_finding(house: Hous
     def delete_it(note: str) -> None:
         if note.startswith(f"default/{films.name}, ") and lost:
             with house.runtime.database.write() as connection:
-                cleanup.delete_video(connection, house.tenant.id, films.id, video.id)
+                delete.delete_video(connection, house.tenant.id, films.id, video.id)
             lost.clear()
 
     lost = [lose_frames(house, films, video)]

@@ -11,11 +11,16 @@ from workshop import Workshop
 
 import adapters_store
 from backbone import AdapterShape
-from service import catalog, cleanup, generations, ingest, learning
-from service.blobs import frames_key, video_key
-from service.catalog import NotFound
-from service.learning import Cancelled
-from service.work import Shift
+from service.adapters import activate as generations
+from service.adapters import train
+from service.adapters.train import Cancelled
+from service.jobs import task_rows
+from service.jobs.run import Shift
+from service.storage import generation_rows
+from service.storage.blobs import frames_key, video_key
+from service.storage.rows import NotFound
+from service.upkeep import delete as cleanup
+from service.videos import index, video_rows
 
 
 class Meanwhile:
@@ -24,7 +29,7 @@ class Meanwhile:
     def __init__(self, workshop: Workshop, does: Callable[[], Any]) -> None:
         self.workshop, self.does, self.chunks = workshop, does, 0
 
-    def __call__(self, generation: catalog.Generation, chunks: Sequence[Sequence[str]], progress: Any) -> None:
+    def __call__(self, generation: generation_rows.Generation, chunks: Sequence[Sequence[str]], progress: Any) -> None:
         done = 0
         for chunk in chunks:
             generations.fill_chunk(self.workshop.runtime, self.workshop.tenant, generation.id, chunk)
@@ -171,7 +176,7 @@ def test_one_of_two_builders_is_cancelled_and_the_other_goes_on(workshop: Worksh
     def cancel() -> None:
         (made,) = [g for g in workshop.generations(collection) if g.adapter_id == adapter]
         with workshop.runtime.database.write() as connection:
-            catalog.set_generation_state(connection, workshop.tenant, made.id, "retired")
+            generation_rows.set_generation_state(connection, workshop.tenant, made.id, "retired")
             connection.exec_driver_sql("update generations set retired_at = '2000-01-01T00:00:00Z' where id = ?", (made.id,))
         cleanup.retain(workshop.runtime)  # and retention takes it away under the other's hands
 
@@ -186,10 +191,10 @@ def test_a_collection_deleted_during_a_build(workshop: Workshop) -> None:
     with pytest.raises(NotFound, match="collection"):
         activate(workshop, collection, adapter, lambda: workshop.guest.call("DELETE", f"/collections/{collection}"))
     with workshop.runtime.database.read() as connection:
-        assert {g.state for g in catalog.generations_of(connection, workshop.tenant, key)} == {"active", "retired"}
+        assert {g.state for g in generation_rows.generations_of(connection, workshop.tenant, key)} == {"active", "retired"}
     workshop.work()
     with workshop.runtime.database.read() as connection:
-        assert catalog.generations_of(connection, workshop.tenant, key) == []
+        assert generation_rows.generations_of(connection, workshop.tenant, key) == []
 
 
 def test_an_adapter_deleted_during_its_build(workshop: Workshop) -> None:
@@ -222,7 +227,7 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
     adapter = workshop.adapter(collection, 1)
     where = (workshop.runtime, workshop.tenant, workshop.id(collection))
     generation, _ = generations._round(*where, adapter, None)
-    embed = ingest.segment_rows
+    embed = index.embedded_segments
 
     def then_delete(*arguments: Any) -> Any:
         rows = embed(*arguments)
@@ -232,8 +237,8 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
     def then_remove(*arguments: Any) -> Any:
         rows = embed(*arguments)
         with workshop.runtime.database.write() as connection:
-            catalog.set_generation_state(connection, workshop.tenant, generation.id, "retired")
-            assert catalog.remove_generation(connection, workshop.tenant, generation.id)
+            generation_rows.set_generation_state(connection, workshop.tenant, generation.id, "retired")
+            assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)
         return rows
 
     def rows() -> int:
@@ -241,9 +246,9 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
             query = "select count(*) from segments where ordinal >= 0 and vector_set = ?"
             return int(connection.exec_driver_sql(query, (generation.id,)).scalar() or 0)
 
-    monkeypatch.setattr(ingest, "segment_rows", then_delete)
+    monkeypatch.setattr(index, "segment_rows", then_delete)
     assert generations.fill_chunk(*where[:2], generation.id, videos[:1]) == [] and rows() == 0
-    monkeypatch.setattr(ingest, "segment_rows", then_remove)
+    monkeypatch.setattr(index, "segment_rows", then_remove)
     assert generations.fill_chunk(*where[:2], generation.id, videos[1:]) == [] and rows() == 0
 
 
@@ -313,13 +318,13 @@ def trained(workshop: Workshop, collection: str, rival: str | None, activate: st
     in_use = {"in_use": {"digest": rival, **recall["before"]}} if rival else {}
     metrics = {**recall, **in_use, "gain": {"mean": 10.0, "low": 5.0, "high": 15.0}}
     manifest = adapters_store.describe(data, metrics=metrics)
-    version = learning.publish(workshop.runtime, workshop.tenant, workshop.id(collection), data, manifest)
+    version = train.publish(workshop.runtime, workshop.tenant, workshop.id(collection), data, manifest)
     with workshop.runtime.database.write() as connection:
         request = {"recipe": {}, "activate": activate}
-        task = catalog.add_task(connection, workshop.tenant, workshop.id(collection), "train_adapter", request)
-        catalog.start_task(connection, workshop.tenant, task.id)
+        task = task_rows.add_task(connection, workshop.tenant, workshop.id(collection), "train_adapter", request)
+        task_rows.start_task(connection, workshop.tenant, task.id)
         made = {"adapter_id": version.id, "trained_at": version.created_at}
-        catalog.set_task(connection, workshop.tenant, task.id, result=made)
+        task_rows.set_task(connection, workshop.tenant, task.id, result=made)
     return task
 
 
@@ -357,7 +362,7 @@ def test_an_upload_into_a_collection_under_deletion_is_refused(workshop: Worksho
     key = workshop.id(collection)
     workshop.guest.call("DELETE", f"/collections/{collection}")
     with pytest.raises(NotFound), workshop.runtime.database.write() as connection:
-        catalog.add_video(connection, workshop.tenant, key, "vid_late", "a.mp4", "0", 1, {}, [])
+        video_rows.add_video(connection, workshop.tenant, key, "vid_late", "a.mp4", "0", 1, {}, [])
 
 
 def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop) -> None:
@@ -374,7 +379,7 @@ def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workshop.runtime.decoder, "decode", slow)
-        ingest.index_video(workshop.runtime, workshop.tenant, answer["video_id"])
+        index.index_video(workshop.runtime, workshop.tenant, answer["video_id"])
     assert not [k for kind in cleanup.KINDS for k in blobs.keys(f"{kind}/{key}/")]
 
 

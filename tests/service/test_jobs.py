@@ -25,18 +25,22 @@ from workshop import Workshop
 from adapters_store import LeaseTimeout
 from backbone import BackboneNotFound
 from indexer.frames import DamagedFrames
-from service import catalog, generations, jobs, work
+from service.adapters import activate
+from service.adapters.train import TooFewCaptions, TrainingFailed
 from service.app import create_app
-from service.blobs import BlobMissing
-from service.catalog import NotFound, Task
-from service.jobs import Jobs, rescue, sweep
-from service.learning import TooFewCaptions, TrainingFailed
-from service.routes import tasks as routes
+from service.http import tasks as routes
+from service.jobs import queue, run, task_rows
+from service.jobs.queue import Jobs, rescue, sweep
+from service.jobs.run import Report, Shift
+from service.jobs.supervisor import environment
+from service.jobs.task_rows import Task
+from service.jobs.worker import Worker
 from service.runtime import Runtime
 from service.settings import Settings
-from service.supervisor import environment
-from service.work import Report, Shift
-from service.worker import Worker
+from service.storage import collection_rows, facts
+from service.storage.blobs import BlobMissing
+from service.storage.rows import NotFound
+from service.videos import video_rows
 
 Job = Callable[[Shift, Task, Report], Any]
 
@@ -46,8 +50,8 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], None]:
     """Makes `evaluate` and `index_video` a job of the test's own."""
 
     def make(job: Job) -> None:
-        monkeypatch.setitem(work.KINDS, "evaluate", job)
-        monkeypatch.setitem(work.KINDS, "index_video", job)
+        monkeypatch.setitem(run.KINDS, "evaluate", job)
+        monkeypatch.setitem(run.KINDS, "index_video", job)
 
     return make
 
@@ -65,23 +69,23 @@ def asked(workshop: Workshop, kind: str = "evaluate") -> Task:
     if kind == "index_video":
         return workshop.task(workshop.guest.upload(collection, clip(700)))
     with workshop.runtime.database.write() as connection:
-        return catalog.add_task(connection, workshop.tenant, workshop.id(collection), kind, {"split": "all"})
+        return task_rows.add_task(connection, workshop.tenant, workshop.id(collection), kind, {"split": "all"})
 
 
 def state(workshop: Workshop, task: Task) -> Task:
     with workshop.runtime.database.read() as connection:
-        return catalog.task(connection, workshop.tenant, task.id)
+        return task_rows.task(connection, workshop.tenant, task.id)
 
 
-def video_of(workshop: Workshop, task: Task) -> catalog.Video:
+def video_of(workshop: Workshop, task: Task) -> video_rows.Video:
     with workshop.runtime.database.read() as connection:
-        return catalog.video(connection, workshop.tenant, task.request["video_id"])
+        return video_rows.video(connection, workshop.tenant, task.request["video_id"])
 
 
 def started(workshop: Workshop, task: Task, times: int = 1) -> None:
     """As the death of a worker leaves it."""
     with workshop.runtime.database.write() as connection:
-        catalog.start_task(connection, workshop.tenant, task.id, attempts=times)
+        task_rows.start_task(connection, workshop.tenant, task.id, attempts=times)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_of_tasks_that_ran_when_their_worker_died_one_is_started_at_a_time(works
 def test_a_suspect_that_has_run_for_a_while_holds_up_no_other(
     workshop: Workshop, does: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "PROBATION", 0.2)
+    monkeypatch.setattr(run, "PROBATION", 0.2)
     both = threading.Barrier(2, timeout=20)
 
     def job(*_: Any) -> dict[str, Any]:
@@ -255,12 +259,12 @@ def test_a_waiting_upload_is_cancelled_at_once_and_may_come_again(workshop: Work
     Shift(workshop.runtime).run(workshop.tenant, task.id)  # the engine still hands it out
     assert video_of(workshop, task).status == "failed"
     with workshop.runtime.database.read() as connection:
-        collection = catalog.collection_name(connection, workshop.tenant, str(task.collection_id))
+        collection = collection_rows.collection_name(connection, workshop.tenant, str(task.collection_id))
     assert workshop.guest.upload(collection, clip(700)).json()["duplicate_of"] is None
 
 
 def test_a_running_upload_is_cancelled_at_its_next_report(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
     task = asked(workshop, "index_video")
     decode = workshop.runtime.decoder.decode
 
@@ -306,7 +310,7 @@ def test_a_purge_is_not_cancelled(workshop: Workshop) -> None:
     answer = workshop.guest.post(f"/tasks/{task.id}/cancel")
     assert (answer.status_code, answer.json()["code"]) == (409, "task_not_cancellable")
     with workshop.runtime.database.write() as connection:
-        catalog.end_task(connection, workshop.tenant, task.id, "failed")
+        task_rows.end_task(connection, workshop.tenant, task.id, "failed")
 
 
 def test_a_task_tells_what_is_left_at_the_pace_so_far(workshop: Workshop) -> None:
@@ -315,7 +319,7 @@ def test_a_task_tells_what_is_left_at_the_pace_so_far(workshop: Workshop) -> Non
     started(workshop, task)
     with workshop.runtime.database.write() as connection:
         started_at = "2020-01-01T00:00:00.000000Z"
-        catalog.set_task(connection, workshop.tenant, task.id, progress=0.5, started_at=started_at)
+        task_rows.set_task(connection, workshop.tenant, task.id, progress=0.5, started_at=started_at)
     eta = workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"]
     assert eta == pytest.approx(time.time() - 1577836800, abs=60)
     started(workshop, task)
@@ -343,10 +347,10 @@ def test_events_are_resumed_where_the_client_left_off(workshop: Workshop, monkey
         back, before = pool.submit(workshop.guest.call, "GET", path, headers={"Last-Event-ID": "1"}), len(looks)
         wait_for("the second stream", lambda: len(looks) > before + 4)
         with workshop.runtime.database.write() as connection:
-            catalog.set_task(connection, workshop.tenant, task.id, progress=0.5)
+            task_rows.set_task(connection, workshop.tenant, task.id, progress=0.5)
         wait_for("the progress in both", lambda: sent == [0, 1, 2, 2])
         with workshop.runtime.database.write() as connection:
-            catalog.end_task(connection, workshop.tenant, task.id, "succeeded", result={"a": 1})
+            task_rows.end_task(connection, workshop.tenant, task.id, "succeeded", result={"a": 1})
         told, newer = events(fresh.result().text), events(back.result().text)
     assert [number for number, _ in told] == [0, 1, 2, 3]
     assert [shown["status"] for _, shown in told] == ["queued", "running", "running", "succeeded"]
@@ -371,13 +375,13 @@ def test_a_stream_of_events_ends_when_the_server_drains(workshop: Workshop) -> N
 def test_old_tasks_are_forgotten_and_open_ones_are_not(workshop: Workshop) -> None:
     ended, waiting = asked(workshop), asked(workshop)
     with workshop.runtime.database.write() as connection:
-        catalog.end_task(connection, workshop.tenant, ended.id, "succeeded")
-        catalog.forget_tasks(connection, ended.created_at)
-        assert catalog.task(connection, workshop.tenant, ended.id)
-        catalog.forget_tasks(connection, "9999")
-        assert catalog.task(connection, workshop.tenant, waiting.id)
+        task_rows.end_task(connection, workshop.tenant, ended.id, "succeeded")
+        task_rows.forget_tasks(connection, ended.created_at)
+        assert task_rows.task(connection, workshop.tenant, ended.id)
+        task_rows.forget_tasks(connection, "9999")
+        assert task_rows.task(connection, workshop.tenant, waiting.id)
         with pytest.raises(NotFound):
-            catalog.task(connection, workshop.tenant, ended.id)
+            task_rows.task(connection, workshop.tenant, ended.id)
 
 
 # --- the engine itself: a worker in this process, on SQLite and on PostgreSQL
@@ -390,7 +394,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     data = tmp_path_factory.mktemp("house") / "data"
     settings = Settings(data=data, database_url=url, root_key=ROOT_KEY, threads=1, worker_id="here")
     with TestClient(create_app(settings)) as client:
-        worker = Worker(settings, list(jobs.QUEUES), "here")
+        worker = Worker(settings, list(queue.QUEUES), "here")
         worker.launch()
         yield worker, client
         DBOS.destroy(destroy_registry=True)
@@ -409,7 +413,7 @@ def engine(house: tuple[Worker, Any]) -> Jobs:
 
 
 def ended(shop: Workshop, task: Task, seconds: float = 30.0) -> Task:
-    return wait_for("its end", lambda: (now := state(shop, task)).status not in catalog.OPEN and now, seconds)  # type: ignore[no-any-return]
+    return wait_for("its end", lambda: (now := state(shop, task)).status not in task_rows.OPEN and now, seconds)  # type: ignore[no-any-return]
 
 
 def flows(engine: Jobs, task: Task) -> list[tuple[str, str]]:
@@ -430,7 +434,7 @@ def test_a_task_is_run_once_though_it_is_enqueued_twice(shop: Workshop, engine: 
 def test_the_next_try_is_a_workflow_of_its_own(
     shop: Workshop, engine: Jobs, does: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(run, "FIRST_WAIT", 0.1)
     runs: list[float] = []
 
     def job(*_: Any) -> dict[str, Any]:
@@ -486,19 +490,19 @@ def test_one_tenants_thousand_jobs_do_not_starve_anothers_single_one(
 def test_an_activation_is_spread_over_workflows_and_a_cancelled_one_leaves_the_old_state(
     shop: Workshop, engine: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generations, "CHUNK", 1)
-    monkeypatch.setattr(work, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(activate, "CHUNK", 1)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
     collection = shop.guest.collection()
     uploads = [shop.guest.upload(collection, clip(710 + i)) for i in range(5)]
     assert all(ended(shop, shop.task(upload)).status == "succeeded" for upload in uploads)
     adapter = shop.adapter(collection, 1)
-    fill, may_go_on = generations.fill_chunk, threading.Event()
+    fill, may_go_on = activate.fill_chunk, threading.Event()
 
     def slow(*arguments: Any) -> list[str]:
         may_go_on.wait(20)
         return fill(*arguments)
 
-    monkeypatch.setattr(generations, "fill_chunk", slow)
+    monkeypatch.setattr(activate, "fill_chunk", slow)
     task = shop.task(shop.ask(collection, adapter))
 
     def chunks(task: Task) -> list[str]:
@@ -510,7 +514,7 @@ def test_an_activation_is_spread_over_workflows_and_a_cancelled_one_leaves_the_o
     assert ended(shop, task).status == "cancelled"
     may_go_on.set()
     assert shop.states(collection) == {None: "active", adapter: "retired"}
-    wait_for("no chunk that waits", lambda: not set(chunks(task)) & set(jobs.ACTIVE))
+    wait_for("no chunk that waits", lambda: not set(chunks(task)) & set(queue.ACTIVE))
     again = shop.task(shop.ask(collection, adapter))
     assert ended(shop, again).status == "succeeded", state(shop, again).error
     assert shop.states(collection) == {None: "retired", adapter: "active"}
@@ -520,11 +524,11 @@ def test_an_activation_is_spread_over_workflows_and_a_cancelled_one_leaves_the_o
 def test_a_chunk_that_fails_puts_its_task_off_and_a_chunk_whose_worker_died_is_made_again(
     shop: Workshop, engine: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(run, "FIRST_WAIT", 0.1)
     collection = shop.guest.collection()
     assert ended(shop, shop.task(shop.guest.upload(collection, clip(720)))).status == "succeeded"
     adapter = shop.adapter(collection, 1)
-    fill, calls, stuck = generations.fill_chunk, [0], threading.Event()
+    fill, calls, stuck = activate.fill_chunk, [0], threading.Event()
 
     def faulty(*arguments: Any) -> list[str]:
         calls[0] += 1
@@ -534,7 +538,7 @@ def test_a_chunk_that_fails_puts_its_task_off_and_a_chunk_whose_worker_died_is_m
             stuck.wait(20)
         return fill(*arguments)
 
-    monkeypatch.setattr(generations, "fill_chunk", faulty)
+    monkeypatch.setattr(activate, "fill_chunk", faulty)
     task = shop.task(shop.ask(collection, adapter))
     wait_for("the second start", lambda: calls[0] == 2)
     running = engine._list(workflow_id_prefix=f"chunk:{task.id}:", status="PENDING")
@@ -545,11 +549,11 @@ def test_a_chunk_that_fails_puts_its_task_off_and_a_chunk_whose_worker_died_is_m
 
 
 def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(run, "LONGEST_WAIT", 0.1)
     collection = shop.guest.collection()
     assert ended(shop, shop.task(shop.guest.upload(collection, clip(721)))).status == "succeeded"
     adapter = shop.adapter(collection, 1)
-    fill, left = generations.fill_chunk, [shop.runtime.settings.job_tries + 1]
+    fill, left = activate.fill_chunk, [shop.runtime.settings.job_tries + 1]
 
     def full(*arguments: Any) -> list[str]:
         if left[0]:
@@ -557,7 +561,7 @@ def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Wor
             raise OSError(errno.ENOSPC, "No space left on device")
         return fill(*arguments)
 
-    monkeypatch.setattr(generations, "fill_chunk", full)
+    monkeypatch.setattr(activate, "fill_chunk", full)
     task = shop.task(shop.ask(collection, adapter))
     assert ended(shop, task, 90).status == "succeeded", state(shop, task).error
     assert shop.states(collection)[adapter] == "active"
@@ -566,14 +570,14 @@ def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Wor
 def test_an_imported_video_without_vectors_is_indexed_without_a_sweep(
     shop: Workshop, does: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index, collection = work.KINDS["index_video"], shop.guest.collection()
+    index, collection = run.KINDS["index_video"], shop.guest.collection()
     assert ended(shop, shop.task(shop.guest.upload(collection, clip(722)))).status == "succeeded"
     does(raises(ConnectionResetError()))
     waiting = shop.task(shop.guest.upload(collection, clip(723)))
     wait_for("it to be put off", lambda: state(shop, waiting).message)
     archive = shop.guest.call("GET", f"/admin/collections/{collection}/export").content
     shop.guest.post(f"/tasks/{waiting.id}/cancel")
-    monkeypatch.setitem(work.KINDS, "index_video", index)
+    monkeypatch.setitem(run.KINDS, "index_video", index)
     path = "/admin/collections/import?collection=copy"
     task = shop.task(shop.guest.call("POST", path, files={"file": ("c.tar", archive)}))
     result = ended(shop, task).result or {}
@@ -594,7 +598,7 @@ def test_workflows_that_ended_long_ago_are_forgotten(shop: Workshop, engine: Job
 
 def living(runtime: Runtime) -> set[str]:
     with runtime.database.read() as connection:
-        return catalog.living_workers(connection, 60)
+        return facts.living_workers(connection, 60)
 
 
 @pytest.mark.slow
@@ -607,7 +611,7 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
         pytest.skip("SQLite has one worker")
     variables = {**os.environ, **environment(settings), "POLYCLIP_WORKER_ID": "there"}
     there = f"{socket.gethostname()}:{settings.data.absolute()}:there"
-    with subprocess.Popen([sys.executable, "-m", "service.worker", "--queues", "index"], env=variables) as other:
+    with subprocess.Popen([sys.executable, "-m", "service.jobs.worker", "--queues", "index"], env=variables) as other:
         try:
             wait_for("the other worker", lambda: there in living(shop.runtime))
             collection = shop.guest.collection()
@@ -619,7 +623,7 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
     here._beat()
     rescue(shop.runtime, engine)
     assert stranded == [flow.workflow_id for flow in engine._list(status="PENDING", executor_id=there)] != [], "not dead yet"
-    monkeypatch.setattr(jobs, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(queue, "DEAD_SECONDS", 0.5)
     time.sleep(0.6)
     here._beat()
     rescue(shop.runtime, engine)

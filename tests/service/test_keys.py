@@ -12,8 +12,8 @@ from test_errors import check_problem
 from workshop import application
 
 from service.app import create_app
-from service.keys import Guesses, TooManyWrongKeys
 from service.settings import Settings
+from service.storage.keys import Guesses, TooManyWrongKeys
 
 
 @pytest.mark.parametrize("key", ["x", "", "a" * 40, "abcabcabcabcabcabc", "with spaces in the key", "schlüssel-der-wahl"])

@@ -6,7 +6,7 @@ import pytest
 from serving import Tenant, clip
 from test_errors import check_problem, send
 
-from service.multipart import HEAD_BYTES, PARTS, Malformed, Multipart
+from service.http.multipart import HEAD_BYTES, PARTS, Malformed, Multipart
 
 KIND = "multipart/form-data; boundary=XbX"
 FILE = b'--XbX\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'

@@ -9,10 +9,10 @@ import pytest
 from house import House
 from pydantic import ValidationError
 
-from service import cleanup
-from service.blobs import Blobs
-from service.jobs import prepare_engine
+from service.jobs.queue import prepare_engine
 from service.settings import Settings
+from service.storage.blobs import Blobs
+from service.upkeep import delete
 
 NAMES = ["plain", "lib#1", "lib#2", "what?", "50%", "a%23b", "two words", "Zoë", "a+b&c=d;e"]
 
@@ -31,7 +31,7 @@ def test_data_folders_of_any_name_keep_apart(tmp_path: Path) -> None:
         assert held[name]
     for name in NAMES:
         with House(tmp_path / name, tenant="other") as house:
-            cleanup.sweep_orphans(house.runtime, grace=0)
+            delete.sweep_orphans(house.runtime, grace=0)
             assert house.runtime.blobs.keys("videos/")
     assert held == {name: {p for p in (tmp_path / name / "blobs").rglob("*") if p.is_file()} for name in NAMES}
 

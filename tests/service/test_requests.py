@@ -10,8 +10,8 @@ import pytest
 from serving import Tenant, clip
 from test_errors import check_problem
 
-from service.paging import MAX_OFFSET
-from service.routes.media import media_type
+from service.http.media import media_type
+from service.http.paging import MAX_OFFSET
 
 NINES = "9" * 5000
 

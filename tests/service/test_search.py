@@ -20,11 +20,13 @@ from serving import new_tenant
 import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
-from service import catalog, learning
-from service.frame_vectors import FrameVectors
+from service.adapters import train
 from service.runtime import Runtime
-from service.search import Searcher
+from service.search.frame_vectors import FrameVectors
+from service.search.query import Searcher
 from service.settings import Settings
+from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
+from service.videos import video_rows
 
 VIDEOS, FRAMES = 20, 4
 
@@ -52,7 +54,7 @@ class House:
         self.runtime = Runtime(Settings(data=folder, threads=1, **limits, **settings))
         self.searcher = Searcher(self.runtime)
         with self.runtime.database.write() as connection:
-            self.tenants = [catalog.create_tenant(connection, name, {}) for name in ("acme", "borealis")]
+            self.tenants = [tenant_rows.create_tenant(connection, name, {}) for name in ("acme", "borealis")]
 
     def add(self, number: int, rank: int | None = 8) -> Known:
         backbone, tenant = self.runtime.backbone, self.tenants[number % 2]
@@ -62,29 +64,29 @@ class House:
         pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
         name, digest, adapter, version = f"films-{number}", None, None, None
         with self.runtime.database.write() as connection:
-            collection = catalog.create_collection(connection, tenant, name, {}, backbone.fingerprint)
+            collection = collection_rows.create_collection(connection, tenant, name, {}, backbone.fingerprint)
         if rank is not None:
             shape = AdapterShape(backbone.dims, rank, 8)
             tensors = {n: 20 * t for n, t in shape.initial(number).items()}
             packed = adapters_store.pack(shape, backbone.fingerprint, tensors)
             manifest = adapters_store.describe(packed)
-            version = learning.publish(self.runtime, tenant.id, collection.id, packed, manifest).id
+            version = train.publish(self.runtime, tenant.id, collection.id, packed, manifest).id
             adapter, digest = shape.assemble(tensors), manifest.digest
         with self.runtime.database.write() as connection:
             generation = collection.active_generation_id
             if version is not None:
-                row = catalog.add_generation(
+                row = generation_rows.add_generation(
                     connection, tenant.id, collection.id, version, backbone.fingerprint, None, "building"
                 )
                 generation = row["id"]
-                catalog.switch(connection, tenant.id, collection.id, generation)
+                collection_rows.switch(connection, tenant.id, collection.id, generation)
             for i in range(VIDEOS):
                 video = f"vid_{number}_{i}"
-                catalog.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", video, 1, {}, [])
-                catalog.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
+                video_rows.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", video, 1, {}, [])
+                video_rows.set_video(connection, tenant.id, video, status="ready", media={"duration": 5.0})
                 row = {"ordinal": 0, "start": 0.0, "end": 5.0, "frames": frames[i].tobytes()}
                 row["pooled"] = pooled[i].astype(np.float16).tobytes()
-                catalog.add_segments(connection, tenant.id, video, generation, [row])
+                segment_rows.add_segments(connection, tenant.id, video, generation, [row])
         return Known(tenant.id, name, adapter, torch.from_numpy(frames.astype(np.float32)), digest)
 
     def expected(self, known: Known, text: str) -> list[float]:
@@ -168,15 +170,15 @@ def test_a_caller_that_goes_away_leaves_nothing_behind(house: House) -> None:
 def test_a_pinned_collection_keeps_its_adapter_on_the_device(house: House) -> None:
     known = [house.add(n) for n in range(6)]
     with house.runtime.database.write() as connection:
-        collection = catalog.collection_named(connection, known[0].tenant, known[0].name)
-        catalog.change_collection(connection, known[0].tenant, collection.id, {"pinned": True})
+        collection = collection_rows.collection_named(connection, known[0].tenant, known[0].name)
+        collection_rows.change_collection(connection, known[0].tenant, collection.id, {"pinned": True})
     for each in known:
         house.searcher.search(each.tenant, each.name, "a red ball")
     states = house.runtime.residency.states()
     assert states[str(known[0].digest)] == "active"
     assert sorted(states.values()).count("offloaded") == 3
     with house.runtime.database.write() as connection:
-        catalog.change_collection(connection, known[0].tenant, collection.id, {})
+        collection_rows.change_collection(connection, known[0].tenant, collection.id, {})
     house.searcher.search(known[0].tenant, known[0].name, "a red ball")
     assert house.runtime.residency.states()[str(known[0].digest)] == "inactive"
 
@@ -206,14 +208,14 @@ def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -
 def test_frame_vectors_are_read_once_and_kept_within_their_bytes(house: House) -> None:
     known = house.add(0)
     with house.runtime.database.read() as connection:
-        _, generation = catalog.active_generation(connection, known.tenant, known.name)
-        seqs = [row["seq"] for row in catalog.segments_after(connection, known.tenant, generation.vector_set, 0, 100)]
+        _, generation = collection_rows.active_generation(connection, known.tenant, known.name)
+        seqs = [row["seq"] for row in segment_rows.segments_after(connection, known.tenant, generation.vector_set, 0, 100)]
     row = known.frames[0].numel() * 2
     cache = FrameVectors(house.runtime.database, 3 * row)
     kept = cache.get(known.tenant, generation.vector_set, seqs[:2])
     assert list(kept) == seqs[:2] and cache.bytes == 2 * row
     with house.runtime.database.write() as connection:
-        catalog.mark_video_deleted(connection, known.tenant, "vid_0_0")  # its rows are gone from the table
+        video_rows.mark_video_deleted(connection, known.tenant, "vid_0_0")  # its rows are gone from the table
     assert list(cache.get(known.tenant, generation.vector_set, seqs[:3])) == seqs[:3], "two from memory, one read"
     cache.get(known.tenant, generation.vector_set, seqs[2:5])
     assert cache.bytes == 3 * row, "the least recently used are forgotten"
@@ -226,7 +228,7 @@ def test_a_video_deleted_behind_the_index_is_in_no_page_and_in_no_total(house: H
     assert (len(first.hits), first.total) == (6, VIDEOS), "one more than wanted tells that there is a next page"
     best = first.hits[0].video.id
     with house.runtime.database.write() as connection:
-        catalog.set_video(connection, known.tenant, best, deleted_at="2026-01-01T00:00:00Z")  # no tombstone yet
+        video_rows.set_video(connection, known.tenant, best, deleted_at="2026-01-01T00:00:00Z")  # no tombstone yet
     again = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
     assert [hit.video.id for hit in again.hits] == [hit.video.id for hit in first.hits[1:]] + [again.hits[-1].video.id]
     assert (len(again.hits), again.total) == (6, VIDEOS - 1)

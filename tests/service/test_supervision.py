@@ -25,12 +25,14 @@ from structlog.testing import capture_logs
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
-from service import catalog, learning, offline, supervisor
-from service.catalog import Task
-from service.jobs import Jobs, sweep
+from service.adapters import train
+from service.cli import local
+from service.jobs import supervisor, task_rows
+from service.jobs.queue import Jobs, sweep
+from service.jobs.run import Shift
+from service.jobs.supervisor import Supervisor
+from service.jobs.task_rows import Task
 from service.runtime import Runtime
-from service.supervisor import Supervisor
-from service.work import Shift
 from training.recipe import InvalidRecipe
 
 ENDLESS = {"steps": 100_000, "batch_size": 8, "frames": 2, "evaluations": 1}
@@ -196,13 +198,13 @@ def test_how_a_training_process_ended_is_told(
 ) -> None:
     """`killed`: how many processes the kernel kills meanwhile for want of memory."""
     counts = iter([7, 7 + killed])
-    monkeypatch.setattr(learning, "_killed_for_memory", lambda: next(counts))
+    monkeypatch.setattr(train, "_killed_for_memory", lambda: next(counts))
     error = {"event": "error", "code": "internal", "detail": "could not create a primitive"}
     program(script.format(error=json.dumps(error)))
     films = house.collection("films")
     with house.runtime.database.write() as connection:
         request = {"recipe": ENDLESS, "activate": "never"}
-        task = catalog.add_task(connection, house.tenant.id, films.id, "train_adapter", request)
+        task = task_rows.add_task(connection, house.tenant.id, films.id, "train_adapter", request)
     assert Shift(house.runtime).run(house.tenant.id, task.id) is None
     ended = state(house, task)
     assert ended.status == "failed" and ended.error is not None
@@ -326,12 +328,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 def state(house: House, task: Task) -> Task:
     with house.runtime.database.read() as connection:
-        return catalog.task(connection, house.tenant.id, task.id)
+        return task_rows.task(connection, house.tenant.id, task.id)
 
 
 def open_tasks(house: House) -> list[Task]:
     with house.runtime.database.read() as connection:
-        return catalog.open_tasks(connection)
+        return task_rows.open_tasks(connection)
 
 
 @pytest.mark.slow
@@ -357,5 +359,5 @@ def test_the_sweep_ends_the_training_of_a_command_that_was_killed(house: House) 
 def test_a_command_that_ends_by_itself_leaves_no_sign_of_life(house: House) -> None:
     settings = house.runtime.settings
     with pytest.raises(InvalidRecipe):
-        offline.train_collection(settings, "default", "films", {"rnak": 1}, "never", None)
+        local.train_collection(settings, "default", "films", {"rnak": 1}, "never", None)
     assert not open_tasks(house) and not list(settings.data.glob("offline-*"))

@@ -9,8 +9,12 @@ import pytest
 from serving import Tenant, clip, new_tenant
 
 from backbone import AdapterShape
-from service import catalog, learning, search
-from service.catalog import NotFound
+from service.adapters import adapter_rows, train
+from service.jobs import task_rows
+from service.search import query
+from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
+from service.storage.rows import NotFound
+from service.videos import video_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,61 +178,61 @@ def test_the_owner_still_has_everything(estate: Estate) -> None:
 def test_no_function_of_the_catalog_finds_another_tenants_rows(estate: Estate, stranger: Tenant) -> None:
     runtime = estate.owner.client.app.state.house.runtime
     with runtime.database.read() as connection:
-        mine = catalog.tenant_named(connection, stranger.name).id
-        owner = catalog.tenant_named(connection, estate.owner.name).id
-        theirs = catalog.collection_named(connection, owner, estate.collection)
+        mine = tenant_rows.tenant_named(connection, stranger.name).id
+        owner = tenant_rows.tenant_named(connection, estate.owner.name).id
+        theirs = collection_rows.collection_named(connection, owner, estate.collection)
         for look in (
-            lambda: catalog.video(connection, mine, estate.video),
-            lambda: catalog.task(connection, mine, estate.task),
-            lambda: catalog.adapter(connection, mine, theirs.id, estate.adapter),
-            lambda: catalog.generation(connection, mine, theirs.active_generation_id),
-            lambda: catalog.collection_name(connection, mine, theirs.id),
-            lambda: catalog.active_generation(connection, mine, estate.collection),
+            lambda: video_rows.video(connection, mine, estate.video),
+            lambda: task_rows.task(connection, mine, estate.task),
+            lambda: adapter_rows.adapter(connection, mine, theirs.id, estate.adapter),
+            lambda: generation_rows.generation(connection, mine, theirs.active_generation_id),
+            lambda: collection_rows.collection_name(connection, mine, theirs.id),
+            lambda: collection_rows.active_generation(connection, mine, estate.collection),
         ):
             with pytest.raises(NotFound):
                 look()
-        assert catalog.lock_collection(connection, mine, theirs.id) is None
-        assert catalog.videos_by_id(connection, mine, [estate.video]) == {}
-        assert catalog.videos_of(connection, mine, theirs.id, "pending") == []
-        assert catalog.captions_of(connection, mine, [estate.video]) == {estate.video: []}
-        assert catalog.captions_of(connection, owner, [estate.video]) != {estate.video: []}
-        assert catalog.generations_of(connection, mine, theirs.id) == []
-        assert catalog.counts(connection, mine, theirs.id) == {}
+        assert collection_rows.lock_collection(connection, mine, theirs.id) is None
+        assert video_rows.videos_by_id(connection, mine, [estate.video]) == {}
+        assert video_rows.videos_of(connection, mine, theirs.id, "pending") == []
+        assert video_rows.captions_of(connection, mine, [estate.video]) == {estate.video: []}
+        assert video_rows.captions_of(connection, owner, [estate.video]) != {estate.video: []}
+        assert generation_rows.generations_of(connection, mine, theirs.id) == []
+        assert collection_rows.counts(connection, mine, theirs.id) == {}
 
 
 def test_vectors_are_read_by_their_own_tenant_only(estate: Estate, stranger: Tenant) -> None:
     """Rows of `segments` bear no tenant: the functions that read them must look at whose vector set it is."""
     runtime = estate.owner.client.app.state.house.runtime
     with runtime.database.write() as connection:
-        mine = catalog.tenant_named(connection, stranger.name).id
-        owner = catalog.tenant_named(connection, estate.owner.name).id
-        generation = catalog.active_generation(connection, owner, estate.collection)[1]
+        mine = tenant_rows.tenant_named(connection, stranger.name).id
+        owner = tenant_rows.tenant_named(connection, estate.owner.name).id
+        generation = collection_rows.active_generation(connection, owner, estate.collection)[1]
         row = {"ordinal": 0, "start": 0.0, "end": 1.0, "pooled": bytes(2), "frames": bytes(2)}
-        catalog.add_segments(connection, owner, estate.video, generation.vector_set, [row])
-        assert (found := catalog.segments_after(connection, owner, generation.vector_set, 0, 10))
-        assert catalog.video_vectors(connection, owner, generation.vector_set, [estate.video]) != {}
-        assert catalog.segments_after(connection, mine, generation.vector_set, 0, 10) == []
-        assert catalog.video_vectors(connection, mine, generation.vector_set, [estate.video]) == {}
-        assert catalog.frame_vectors(connection, mine, generation.vector_set, [found[0]["seq"]]) == {}
-        assert catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
-        assert not catalog.has_vectors(connection, mine, estate.video, generation.vector_set)
-        catalog.drop_vectors(connection, mine, generation.vector_set)
-        assert catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
-        catalog.drop_vectors(connection, owner, generation.vector_set)
-        assert not catalog.has_vectors(connection, owner, estate.video, generation.vector_set)
+        segment_rows.add_segments(connection, owner, estate.video, generation.vector_set, [row])
+        assert (found := segment_rows.segments_after(connection, owner, generation.vector_set, 0, 10))
+        assert segment_rows.video_vectors(connection, owner, generation.vector_set, [estate.video]) != {}
+        assert segment_rows.segments_after(connection, mine, generation.vector_set, 0, 10) == []
+        assert segment_rows.video_vectors(connection, mine, generation.vector_set, [estate.video]) == {}
+        assert segment_rows.frame_vectors(connection, mine, generation.vector_set, [found[0]["seq"]]) == {}
+        assert segment_rows.has_vectors(connection, owner, estate.video, generation.vector_set)
+        assert not segment_rows.has_vectors(connection, mine, estate.video, generation.vector_set)
+        segment_rows.drop_vectors(connection, mine, generation.vector_set)
+        assert segment_rows.has_vectors(connection, owner, estate.video, generation.vector_set)
+        segment_rows.drop_vectors(connection, owner, generation.vector_set)
+        assert not segment_rows.has_vectors(connection, owner, estate.video, generation.vector_set)
 
 
 def test_training_sees_only_the_tenants_own_captions(estate: Estate, stranger: Tenant) -> None:
     runtime = estate.owner.client.app.state.house.runtime
     with runtime.database.read() as connection:
-        mine = catalog.tenant_named(connection, stranger.name).id
-        theirs = catalog.tenant_named(connection, estate.owner.name).id
-        collection = catalog.collection_named(connection, theirs, estate.collection).id
-        with pytest.raises(learning.TooFewCaptions):
-            learning.check_captions(connection, mine, collection)
+        mine = tenant_rows.tenant_named(connection, stranger.name).id
+        theirs = tenant_rows.tenant_named(connection, estate.owner.name).id
+        collection = collection_rows.collection_named(connection, theirs, estate.collection).id
+        with pytest.raises(train.TooFewCaptions):
+            train.check_captions(connection, mine, collection)
     with pytest.raises(NotFound):
-        search.Searcher(runtime).search(mine, estate.collection, "a ball")
+        query.Searcher(runtime).search(mine, estate.collection, "a ball")
     with pytest.raises(NotFound), runtime.database.write() as connection:
-        catalog.revoke_key(connection, mine, estate.key)
+        tenant_rows.revoke_key(connection, mine, estate.key)
     with pytest.raises(NotFound), runtime.database.write() as connection:
-        catalog.mark_video_deleted(connection, mine, estate.video)
+        video_rows.mark_video_deleted(connection, mine, estate.video)

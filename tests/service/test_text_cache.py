@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backbone.batcher import Batcher, BatcherFull, DeadlinePassed
-from service.text_cache import OVERHEAD, TextCache, TextVector, text_key
+from service.search.text_cache import OVERHEAD, TextCache, TextVector, text_key
 
 SOON = 30  # seconds; no test waits for it
 KEY = text_key("tenant", "digest", "a dog runs")

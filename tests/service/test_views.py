@@ -15,12 +15,15 @@ import pytest
 
 from indexer import index, snapshot
 from indexer.index import IndexView, faiss
-from service import catalog, cleanup, views
-from service.catalog import Generation
-from service.records import new_id
 from service.runtime import Runtime
+from service.search import views
+from service.search.views import Views
 from service.settings import Settings
-from service.views import Views
+from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
+from service.storage.generation_rows import Generation
+from service.storage.tables import new_id
+from service.upkeep import delete as cleanup
+from service.videos import video_rows
 
 
 class World:
@@ -31,35 +34,35 @@ class World:
         self.runtime.prepare()
         self.dim = self.runtime.backbone.embed_dim
         with self.runtime.database.write() as connection:
-            self.tenant = catalog.create_tenant(connection, "acme", {})
+            self.tenant = tenant_rows.create_tenant(connection, "acme", {})
         self.vectors: dict[tuple[str, str, int], np.ndarray] = {}  # of live segments, by vector set, video, ordinal
         self.views = Views(self.runtime)
         self.home = self.collection("home")
 
     def collection(self, name: str) -> Generation:
         with self.runtime.database.write() as connection:
-            catalog.create_collection(connection, self.tenant, name, {}, self.runtime.backbone.fingerprint)
-            return catalog.active_generation(connection, self.tenant.id, name)[1]
+            collection_rows.create_collection(connection, self.tenant, name, {}, self.runtime.backbone.fingerprint)
+            return collection_rows.active_generation(connection, self.tenant.id, name)[1]
 
     def add(self, generation: Generation, count: int = 1, segments: int = 1, seed: int = 0) -> list[str]:
         rng, added = np.random.default_rng([seed, len(self.vectors)]), []
         with self.runtime.database.write() as connection:
             for _ in range(count):
                 added.append(video := new_id("vid"))
-                catalog.add_video(connection, self.tenant.id, generation.collection_id, video, "a.mp4", video, 1, {}, [])
+                video_rows.add_video(connection, self.tenant.id, generation.collection_id, video, "a.mp4", video, 1, {}, [])
                 vectors = rng.normal(size=(segments, self.dim))
                 vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
                 rows = [
                     {"ordinal": i, "start": 1.0 * i, "end": i + 1.0, "pooled": v.tobytes(), "frames": v.tobytes()}
                     for i, v in enumerate(vectors)
                 ]
-                catalog.add_segments(connection, self.tenant.id, video, generation.vector_set, rows)
+                segment_rows.add_segments(connection, self.tenant.id, video, generation.vector_set, rows)
                 self.vectors |= {(generation.vector_set, video, i): v for i, v in enumerate(vectors)}
         return added
 
     def delete(self, generation: Generation, video: str) -> None:
         with self.runtime.database.write() as connection:
-            catalog.mark_video_deleted(connection, self.tenant.id, video)
+            video_rows.mark_video_deleted(connection, self.tenant.id, video)
         self.forget(generation, video)
 
     def forget(self, generation: Generation, video: str | None = None) -> None:
@@ -211,7 +214,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
     reached: list[str] = []
     place: dict[str, tuple[Any, str]] = {
         "the file is begun": (snapshot, "write"),
-        "it is brought up to date": (catalog, "searched_sets"),
+        "it is brought up to date": (segment_rows, "searched_sets"),
         "the copy": (IndexView, "dump"),
         "the sum": (snapshot.hashlib, "sha256"),
         "the renaming": (snapshot.os, "replace"),
@@ -239,7 +242,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
 
 def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.add(world.home, 30)
-    held, really = threading.Event(), catalog.drop_vectors
+    held, really = threading.Event(), segment_rows.drop_vectors
     world.views.beside(lambda: held.wait(60) and None)
     world.open()
     monkeypatch.setattr(world.views, "_prune", lambda: None)  # as if the process died before
@@ -249,7 +252,7 @@ def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: Wor
         world.settle()
         return really(*arguments)
 
-    monkeypatch.setattr(cleanup.catalog, "drop_vectors", written_first)
+    monkeypatch.setattr(segment_rows, "drop_vectors", written_first)
     with world.runtime.database.write() as connection:
         task = cleanup.delete_collection(connection, world.tenant.id, world.home.collection_id)
     cleanup.purge(world.runtime, task)
@@ -322,16 +325,16 @@ def test_a_vector_set_that_was_dropped_and_filled_anew_is_read_anew(world: World
     world.settle()
     again = {key: vector for key, vector in world.vectors.items() if key[1] != videos[-1]}
     with world.runtime.database.write() as connection:
-        catalog.drop_vectors(connection, world.tenant.id, world.home.vector_set)
+        segment_rows.drop_vectors(connection, world.tenant.id, world.home.vector_set)
     world.forget(world.home)
     if meanwhile == "searched":
         world.check()
     world.vectors = again
     with world.runtime.database.write() as connection:
-        catalog.mark_video_deleted(connection, world.tenant.id, videos[-1])  # the last row that the view knows
+        video_rows.mark_video_deleted(connection, world.tenant.id, videos[-1])  # the last row that the view knows
         for (_, video, ordinal), vector in again.items():
             row = {"ordinal": ordinal, "start": 0.0, "end": 1.0, "pooled": vector.tobytes(), "frames": vector.tobytes()}
-            catalog.add_segments(connection, world.tenant.id, video, world.home.vector_set, [row])
+            segment_rows.add_segments(connection, world.tenant.id, video, world.home.vector_set, [row])
     if meanwhile == "restarted":
         world.restart()
     world.check()
@@ -353,7 +356,7 @@ def test_another_tenant_gets_none_of_it(world: World) -> None:
     world.check()
     world.settle()
     with world.runtime.database.write() as connection:
-        other = catalog.create_tenant(connection, "borealis", {})
+        other = tenant_rows.create_tenant(connection, "borealis", {})
     assert len(world.views.view(other.id, world.home)) == 0
     world.restart()
     assert len(world.views.view(other.id, world.home)) == 0
@@ -421,11 +424,11 @@ def test_snapshots_of_what_no_search_uses_are_removed(world: World) -> None:
     (folder.parent / "ten_gone").mkdir()
     shutil.copy(world.snapshots()[0], folder.parent / "ten_gone" / "gen_x.view")
     with world.runtime.database.write() as connection:
-        catalog.mark_collection_deleted(connection, world.tenant.id, generations[0].collection_id)
+        collection_rows.mark_collection_deleted(connection, world.tenant.id, generations[0].collection_id)
         backbone = world.runtime.backbone.fingerprint
         collection = generations[1].collection_id
-        new = catalog.add_generation(connection, world.tenant.id, collection, None, backbone, None, "building")
-        catalog.switch(connection, world.tenant.id, collection, new["id"])
+        new = generation_rows.add_generation(connection, world.tenant.id, collection, None, backbone, None, "building")
+        collection_rows.switch(connection, world.tenant.id, collection, new["id"])
     world.restart()
     world.settle()
     assert [path.stem for path in world.snapshots()] == [generations[2].vector_set]

@@ -11,12 +11,15 @@ from starlette.testclient import TestClient
 
 from adapters_store import pack
 from backbone import AdapterShape
-from service import catalog
 from service.app import create_app
-from service.catalog import Generation, Task
+from service.jobs import task_rows
+from service.jobs.run import Shift
+from service.jobs.task_rows import Task
 from service.runtime import Runtime
 from service.settings import Settings
-from service.work import Shift
+from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
+from service.storage.generation_rows import Generation
+from service.videos import video_rows
 
 
 def application(data: Path) -> TestClient:
@@ -32,7 +35,7 @@ class Workshop:
         self.guest = guest
         self.runtime: Runtime = guest.client.app.state.house.runtime
         with self.runtime.database.read() as connection:
-            self.tenant = catalog.tenant_named(connection, guest.name).id
+            self.tenant = tenant_rows.tenant_named(connection, guest.name).id
 
     def work(self) -> None:
         """Runs every open task of the tenant, in order."""
@@ -41,12 +44,12 @@ class Workshop:
 
     def open_tasks(self) -> list[Task]:
         with self.runtime.database.read() as connection:
-            return [task for task in catalog.open_tasks(connection) if task.tenant_id == self.tenant]
+            return [task for task in task_rows.open_tasks(connection) if task.tenant_id == self.tenant]
 
     def task(self, answer: Any) -> Task:
         """The task that an answer names."""
         with self.runtime.database.read() as connection:
-            return catalog.task(connection, self.tenant, answer.json()["task_id"])
+            return task_rows.task(connection, self.tenant, answer.json()["task_id"])
 
     def done(self, answer: Any) -> dict[str, Any]:
         """Runs the task that an answer names; its result."""
@@ -90,8 +93,8 @@ class Workshop:
     def generations(self, collection: str) -> list[Generation]:
         """The oldest first."""
         with self.runtime.database.read() as connection:
-            found = catalog.collection_named(connection, self.tenant, collection)
-            return catalog.generations_of(connection, self.tenant, found.id)
+            found = collection_rows.collection_named(connection, self.tenant, collection)
+            return generation_rows.generations_of(connection, self.tenant, found.id)
 
     def states(self, collection: str) -> dict[str | None, str]:
         """State of each generation by its adapter."""
@@ -101,5 +104,5 @@ class Workshop:
         """Frame vectors of each video that the adapter's generation holds."""
         (generation,) = [g for g in self.generations(collection) if g.adapter_id == adapter]
         with self.runtime.database.read() as connection:
-            videos = catalog.videos_of(connection, self.tenant, generation.collection_id, "ready")
-            return catalog.video_vectors(connection, self.tenant, generation.vector_set, [video.id for video in videos])
+            videos = video_rows.videos_of(connection, self.tenant, generation.collection_id, "ready")
+            return segment_rows.video_vectors(connection, self.tenant, generation.vector_set, [video.id for video in videos])

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from training.worlds import COLOURS, FPS, SHAPES, WORLDS, scenes, write_clip, write_world
+from demo.worlds import COLOURS, FPS, SHAPES, WORLDS, scenes, write_clip, write_world
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-WORKER, API, TRAINER = "service.worker", "service.cli", "training"  # what follows `python -m`
-WRITE = "service.database:Database.write"
+WORKER, API, TRAINER = "service.jobs.worker", "service.cli", "training"  # what follows `python -m`
+WRITE = "service.storage.database:Database.write"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +39,32 @@ class Point:
 POINTS = {
     point.name: point
     for point in (
-        Point("after the file, before the row", API, "after", "service.blobs:Blobs.put_file", often=True),
-        Point("after the row, before the enqueue", API, "before", "service.jobs:Jobs.enqueue", often=True),
-        Point("after the cached frames, before their row", WORKER, "after", "service.blobs:Blobs.put_file", often=True),
-        Point("after the vectors, before ready", WORKER, "committed", "service.catalog.segments:add_segments", often=True),
-        Point("after a task's end, before the engine knows", WORKER, "committed", "service.catalog.tasks:end_task", often=True),
-        Point("mid-purge", WORKER, "after", "service.blobs:Blobs.delete"),
+        Point("after the file, before the row", API, "after", "service.storage.blobs:Blobs.put_file", often=True),
+        Point("after the row, before the enqueue", API, "before", "service.jobs.queue:Jobs.enqueue", often=True),
+        Point("after the cached frames, before their row", WORKER, "after", "service.storage.blobs:Blobs.put_file", often=True),
+        Point("after the vectors, before ready", WORKER, "committed", "service.storage.segment_rows:add_segments", often=True),
         Point(
-            "mid-chunk", WORKER, "after", "service.catalog.segments:add_segments", "service.generations:fill_chunk", often=True
+            "after a task's end, before the engine knows", WORKER, "committed", "service.jobs.task_rows:end_task", often=True
         ),
-        Point("just before the switch", WORKER, "before", "service.catalog.collections:switch"),
-        Point("in the switch", WORKER, "after", "service.catalog.collections:switch"),
-        Point("just after the switch", WORKER, "committed", "service.catalog.collections:switch"),
+        Point("mid-purge", WORKER, "after", "service.storage.blobs:Blobs.delete"),
+        Point(
+            "mid-chunk",
+            WORKER,
+            "after",
+            "service.storage.segment_rows:add_segments",
+            "service.adapters.activate:fill_chunk",
+            often=True,
+        ),
+        Point("just before the switch", WORKER, "before", "service.storage.collection_rows:switch"),
+        Point("in the switch", WORKER, "after", "service.storage.collection_rows:switch"),
+        Point("just after the switch", WORKER, "committed", "service.storage.collection_rows:switch"),
         Point("mid-snapshot", API, "before", "os:replace", "indexer.snapshot:write"),
         Point("mid-checkpoint", TRAINER, "before", "os:replace", "training.checkpoint:write_tensors"),
-        Point("after the adapter's file, before its row", WORKER, "before", "service.catalog.adapters:add_adapter"),
+        Point("after the adapter's file, before its row", WORKER, "before", "service.adapters.adapter_rows:add_adapter"),
     )
 }
 
-CONSTANTS = {"service.views:WORTH": 4}  # rows after which a snapshot is written: few, so that small collections have one
+CONSTANTS = {"service.search.views:WORTH": 4}  # rows after which a snapshot is written: few, so that small collections have one
 
 _passings: Counter[str] = Counter()
 _inside: Counter[str] = Counter()

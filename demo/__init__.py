@@ -1,0 +1,1 @@
+"""Drawn worlds, the built-in backbone that is trained on them, and `polyclip demo`."""

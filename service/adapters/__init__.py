@@ -1,0 +1,1 @@
+"""Adapters of a collection: trained, published, measured, activated."""

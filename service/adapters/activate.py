@@ -1,0 +1,159 @@
+"""The path of an adapter's generation: built beside the active one while searches go on, then one atomic switch.
+
+A round is one transaction that finds the generation, or makes it, and what it lacks; with nothing lacking it switches. Between
+two rounds the lacking videos are embedded, in chunks, in parallel. All that has been done is in the rows, so a build may be
+broken off anywhere and goes on from there; videos that become ready meanwhile are embedded for both (`ingest.embed_video`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+
+from indexer.frames import DamagedFrames
+from service.adapters import adapter_rows
+from service.runtime import Runtime
+from service.storage import collection_rows, generation_rows, segment_rows
+from service.storage.blobs import BlobMissing
+from service.storage.generation_rows import Generation
+from service.storage.rows import NotFound
+from service.videos import index, video_rows
+
+CHUNK = 8  # videos that are stored in one transaction
+READERS = 4  # videos of a chunk whose frames are read at once: the batcher mixes them
+CHUNKS_AT_ONCE = 2  # one is written while the other is embedded
+
+Progress = Callable[[int, int], None]  # (done, total) videos; may raise to stop
+Spread = Callable[[Generation, Sequence[Sequence[str]], Progress], None]
+
+
+class Superseded(RuntimeError):
+    """Another activation of the collection was asked for later: that one counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """The generation that is active now, and how many videos had to be embedded for it."""
+
+    generation: Generation
+    embedded: int
+
+
+def activate(
+    runtime: Runtime,
+    tenant: str,
+    collection_id: str,
+    adapter_id: str | None,
+    progress: Progress,
+    spread: Spread | None = None,
+    asked: str | None = None,
+) -> Activation:
+    """Builds what is missing and switches. Searches see the old generation, then the new one, never a mixture.
+
+    `spread` sees to it that `fill_chunk` runs for each of the chunks that it is given. `asked`: when this was wanted; of two
+    activations at once, the one that was asked for later counts, and the other raises Superseded. Raises NotFound if
+    collection or adapter is gone. However it ends, no generation is left building for it; a crash leaves one, for the next
+    start of the task to go on with, or for `generation_rows.retire_abandoned`.
+    """
+    spread = spread or partial(_spread, runtime, tenant)
+    embedded = 0
+    try:
+        while True:
+            generation, missing = _round(runtime, tenant, collection_id, adapter_id, asked)
+            if not missing:
+                return Activation(generation, embedded)
+            before, total = embedded, embedded + len(missing)
+            progress(before, total)
+            chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+
+            def tell(done: int, _: int, before: int = before, total: int = total) -> None:
+                progress(before + done, total)
+
+            spread(generation, chunks, tell)
+            embedded = total
+    except BaseException:
+        with runtime.database.write() as connection:
+            for generation in generation_rows.generations_of(connection, tenant, collection_id):
+                if generation.adapter_id == adapter_id and generation.state == "building":
+                    generation_rows.set_generation_state(connection, tenant, generation.id, "retired")
+        raise
+
+
+def fill_chunk(runtime: Runtime, tenant: str, generation_id: str, video_ids: Sequence[str]) -> list[str]:
+    """Embeds these videos for a generation, from cached frames, and returns the ids that cannot be embedded: they fail.
+
+    What is held already, or gone, is passed over: it may be run again.
+    """
+    with runtime.database.read() as connection:
+        try:
+            generation = generation_rows.generation(connection, tenant, generation_id)
+            maker = generation_rows.generation(connection, tenant, generation.vector_set)
+        except NotFound:
+            return []
+        videos = video_rows.videos_by_id(connection, tenant, video_ids)
+        lacking = [v for v in videos.values() if not segment_rows.has_vectors(connection, tenant, v.id, maker.id)]
+    rows, broken = [], {}
+    with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
+        reading = [(video, pool.submit(index.embedded_segments, runtime, video, maker)) for video in lacking]
+        try:
+            for video, future in reading:
+                try:
+                    rows.append((video, future.result()))
+                except (BlobMissing, DamagedFrames) as error:
+                    broken[video.id] = str(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    index.store_vectors(runtime, tenant, generation.collection_id, maker, rows)
+    return [video for video, why in broken.items() if index.fail_video(runtime, tenant, video, "frames_damaged", why)]
+
+
+def _round(
+    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, asked: str | None
+) -> tuple[Generation, list[str]]:
+    """The generation of an adapter (None: zero-shot) and the ready videos that it lacks; with none lacking it is active now.
+
+    A text-only adapter leaves the video tower as it is: its generation searches the vectors of the zero-shot one.
+    """
+    backbone = runtime.backbone.fingerprint
+    with runtime.database.write() as connection:
+        if collection_rows.lock_collection(connection, tenant, collection_id) is None:
+            raise NotFound("collection", collection_id)
+        scope = None
+        if adapter_id is not None:
+            scope = adapter_rows.adapter(connection, tenant, collection_id, adapter_id).manifest["scope"]
+        later = generation_rows.later_activation(connection, tenant, collection_id, asked) if asked is not None else None
+        if later is not None and later[1] != adapter_id:
+            raise Superseded(f"another activation was asked for later, by {later[0]}")
+        known = {
+            g.adapter_id: g for g in generation_rows.generations_of(connection, tenant, collection_id) if g.backbone == backbone
+        }
+
+        def standing(adapter: str | None, vectors: str | None = None) -> Generation:
+            if adapter in known:
+                return known[adapter]
+            row = generation_rows.add_generation(connection, tenant, collection_id, adapter, backbone, vectors, state="retired")
+            return generation_rows.generation(connection, tenant, row["id"])
+
+        generation = standing(adapter_id, standing(None).id if scope == "text" else None)
+        missing = [v.id for v in segment_rows.missing_vectors(connection, tenant, collection_id, generation.vector_set)]
+        if not missing and generation.state != "active":
+            collection_rows.switch(connection, tenant, collection_id, generation.id)
+        elif generation.state == "retired":
+            generation_rows.set_generation_state(connection, tenant, generation.id, "building")
+        return generation_rows.generation(connection, tenant, generation.id), missing
+
+
+def _spread(runtime: Runtime, tenant: str, generation: Generation, chunks: Sequence[Sequence[str]], progress: Progress) -> None:
+    """In this process, on a few threads."""
+    done, total = 0, sum(len(chunk) for chunk in chunks)
+    with ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunks") as pool:
+        try:
+            running = {pool.submit(fill_chunk, runtime, tenant, generation.id, chunk): len(chunk) for chunk in chunks}
+            for future in as_completed(running):
+                future.result()
+                done += running[future]
+                progress(done, total)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,83 @@
+"""A collection as one file: out as a stream, in as a task."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request
+from starlette.responses import StreamingResponse
+
+from service.http import uploads
+from service.http.auth import PROBLEMS, CanAdmin, House, IdempotencyKey, InHouse, KeyFirst
+from service.http.middleware import BodyTooLarge
+from service.http.uploads import FileTooLarge, Upload
+from service.jobs import task_rows
+from service.storage import idempotency, tenant_rows
+from service.storage.blobs import archive_key
+from service.storage.tables import new_id
+from service.upkeep import export_collection, import_collection
+
+router = APIRouter(route_class=KeyFirst, prefix="/admin/collections", tags=["archives"], responses=PROBLEMS)
+FILE = {"file": {"type": "string", "format": "binary", "description": "an archive that an export gave"}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": FILE}}},
+    }
+}
+
+
+@router.get("/{name}/export", response_class=StreamingResponse)
+def export(
+    name: str,
+    tenant: CanAdmin,
+    house: InHouse,
+    videos: Annotated[bool, Query(description="the uploaded files too")] = True,
+    generations: Annotated[bool, Query(description="the vectors of retired generations too")] = False,
+) -> StreamingResponse:
+    """The collection as a tar: vectors, adapters, frames, metadata, captions, checksums. One without its end is torn."""
+    out = export_collection.Export(house.runtime, tenant.id, name, videos, generations)
+    headers = {"Content-Disposition": f'attachment; filename="{name}.tar"'}
+    return StreamingResponse(out.chunks(), media_type="application/x-tar", headers=headers)
+
+
+@router.post("/import", status_code=202, openapi_extra=_BODY)
+async def import_archive(
+    request: Request,
+    tenant: CanAdmin,
+    house: InHouse,
+    collection: Annotated[str | None, Query(description="the new collection's name; default: the archive's")] = None,
+    re_embed: Annotated[bool, Query(description="take in an archive of another backbone, without adapters")] = False,
+    key: IdempotencyKey = None,
+) -> dict[str, Any]:
+    """A new collection from an archive (multipart part `file`): all of it or nothing, as the task tells."""
+    settings = house.runtime.settings
+    try:
+        received = await uploads.receive(request, settings.scratch, settings.max_archive_bytes, video=False)
+    except FileTooLarge as error:
+        raise BodyTooLarge(str(error)) from error
+    wish = {"collection": collection, "re_embed": re_embed, "tenant": tenant.name}
+    try:
+        return await to_thread.run_sync(_queue, house, tenant, received, wish, key)
+    finally:
+        received.path.unlink(missing_ok=True)
+
+
+def _queue(house: House, tenant: tenant_rows.Tenant, received: Upload, wish: dict[str, Any], key: str | None) -> dict[str, Any]:
+    """What can be refused is refused now; then the archive is stored, then its task."""
+    database, blobs = house.runtime.database, house.runtime.blobs
+    hashed = idempotency.request_hash("import", wish, received.sha256)
+    with database.read() as connection:
+        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
+            return earlier  # type: ignore[no-any-return]
+    name = import_collection.look(house.runtime, tenant, received.path, wish["collection"], wish["re_embed"])
+    stored = archive_key(new_id("arc"))
+    blobs.put_file(stored, received.path)
+    with database.write() as connection:
+        request = {**wish, "collection": name, "archive": stored}
+        task = task_rows.add_task(connection, tenant.id, None, "import_collection", request)
+        answer = {"task_id": task.id, "collection": name}
+        idempotency.remember(connection, tenant.id, key, hashed, answer)
+    house.jobs.enqueue(task)
+    return answer

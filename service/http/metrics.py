@@ -1,0 +1,47 @@
+"""What the house tells Prometheus of its inside: adapters by state, batches, caches; read when it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from backbone.batcher import SIZES
+from service.runtime import Runtime
+from service.search.query import Searcher
+
+STATES = ("active", "inactive", "offloaded", "loading")
+
+
+class HouseCollector(Collector):
+    """Metrics of one application's residency, text batcher, text cache and index views."""
+
+    def __init__(self, runtime: Runtime, searcher: Searcher) -> None:
+        self._runtime, self._searcher = runtime, searcher
+
+    def collect(self) -> Iterable[Metric]:
+        residency, batcher, cache = self._runtime.residency, self._runtime.texts, self._searcher.texts
+        states = GaugeMetricFamily("polyclip_adapters", "Adapters in memory, by state.", labels=["state"])
+        found = Counter(residency.states().values())
+        for state in STATES:
+            states.add_metric([state], found[state])
+        yield states
+        yield GaugeMetricFamily("polyclip_adapter_host_bytes", "Adapters in host memory.", residency.host_bytes)
+        for name, value in asdict(residency.counters).items():
+            yield CounterMetricFamily(f"polyclip_adapter_{name}", f"Adapters: {name.replace('_', ' ')}.", value)
+        yield GaugeMetricFamily("polyclip_text_queue_depth", "Texts that wait to be encoded.", batcher.depth)
+        for name in ("refused", "expired", "cancelled", "failures"):
+            yield CounterMetricFamily(f"polyclip_text_batcher_{name}", f"Texts or batches {name}.", getattr(batcher, name))
+        bounds = [*(str(size) for size in SIZES), "+Inf"]
+        sizes = HistogramMetricFamily("polyclip_text_batch_rows", "Texts of a batch.")
+        sizes.add_metric([], list(zip(bounds, accumulate(batcher.batch_sizes), strict=True)), batcher.rows)
+        yield sizes
+        for name in ("hits", "shared", "misses"):
+            yield CounterMetricFamily(f"polyclip_text_cache_{name}", f"Text cache: {name}.", getattr(cache, name))
+        yield GaugeMetricFamily("polyclip_views", "Index views open.", len(self._searcher.views))
+        yield GaugeMetricFamily("polyclip_view_bytes", "Memory of the open index views.", self._searcher.views.bytes)
+        yield GaugeMetricFamily("polyclip_text_cache_bytes", "Text vectors kept.", cache.bytes)

@@ -1,0 +1,188 @@
+"""Tasks: the public face of the jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy import Connection
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service.http import paging
+from service.http.auth import PROBLEMS, Anyone, CanWrite, House, InHouse, KeyFirst, collection_of
+from service.http.collections import listing
+from service.jobs import task_rows
+from service.jobs.run import CANCELLED
+from service.jobs.task_rows import OPEN, Task
+from service.storage import collection_rows, keys
+from service.storage.keys import InvalidKey
+from service.storage.rows import NotFound
+from service.videos import video_rows
+
+router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
+POLL_SECONDS = 0.5
+QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands between, that the connection lives
+RETRY_SECONDS = 2  # after which a client that was cut off comes back
+
+
+class TaskNotCancellable(ValueError):
+    """A task of this kind runs to its end."""
+
+
+class TooManyStreams(RuntimeError):
+    """This key holds as many event streams as a key may."""
+
+
+class _Events(StreamingResponse):
+    """Counts as one of its key's streams until it ends."""
+
+    def __init__(self, content: AsyncIterator[str], streams: Counter[str], key: str, headers: dict[str, str]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._streams, self._key = streams, key
+        streams[key] += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams[self._key] -= 1
+            if not self._streams[self._key]:
+                del self._streams[self._key]
+
+
+@router.get("")
+def list_all(
+    tenant: CanWrite,
+    house: InHouse,
+    collection: str | None = None,
+    status: Status | None = None,
+    page_limit: Annotated[int, Query(ge=1, le=50)] = 10,
+    page_token: str | None = None,
+) -> dict[str, Any]:
+    """The tenant's tasks, newest first."""
+    with house.runtime.database.read() as connection:
+        only = collection_of(connection, tenant, collection).id if collection is not None else None
+        page = task_rows.list_tasks(connection, tenant.id, only, status, page_limit, paging.decode("id", page_token))
+        return listing(shown(connection, tenant.id, page.rows), page)
+
+
+@router.get("/{task_id}")
+def get(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+    """Status, progress from 0 to 1, the seconds that are left at the pace so far, and the result or the error."""
+    return _show(house, _task(house, tenant.id, task_id))
+
+
+@router.post("/{task_id}/cancel")
+def cancel(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+    """A waiting task ends at once; a running one when it next reports, unless it ends before. The video of a cancelled indexing
+    task ends `failed` with the code `cancelled`; it may be uploaded again.
+    """
+    with house.runtime.database.write() as connection:
+        task = task_rows.lock_task(connection, tenant.id, task_id)
+        if task.kind not in CANCELLABLE and task.status in OPEN:
+            raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end")
+        task_rows.set_task(connection, tenant.id, task_id, cancel_requested=True)
+        if task.status == "queued":
+            if task.kind == "index_video":
+                video_rows.set_video(connection, tenant.id, task.request["video_id"], status="failed", error=CANCELLED)
+            task_rows.end_task(connection, tenant.id, task_id, "cancelled")
+        return shown(connection, tenant.id, [task_rows.task(connection, tenant.id, task_id)])[0]
+
+
+@router.get("/{task_id}/events", responses={204: {"description": "the end of the task has been told before"}})
+async def events(
+    task_id: str,
+    request: Request,
+    tenant: CanWrite,
+    who: Anyone,
+    house: InHouse,
+    last: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+) -> Response:
+    """Server-sent events: the task as it stands and after every change, until it ends.
+
+    An event's id is the revision of the task. A client that comes back with `Last-Event-ID` is told what is newer; one that has
+    seen the end gets 204, after which an `EventSource` does not come back.
+    """
+    first = await to_thread.run_sync(_task, house, tenant.id, task_id)
+    told = int(last) if last is not None and re.fullmatch("[0-9]{1,18}", last) else -1
+    if first.revision <= told and first.status not in OPEN:
+        return Response(status_code=204)
+
+    if house.streams[who.key_id] >= (most := house.runtime.settings.event_streams):
+        raise TooManyStreams(f"this key holds {most} event streams open, as many as a key may")
+
+    async def stream() -> AsyncIterator[str]:
+        task, shown, quiet_since = first, told, time.monotonic()
+        yield f"retry: {1000 * RETRY_SECONDS}\n\n"
+        while True:
+            if task.revision > shown:
+                shown, quiet_since = task.revision, time.monotonic()
+                yield f"id: {shown}\nevent: task\ndata: {json.dumps(await to_thread.run_sync(_show, house, task))}\n\n"
+            elif time.monotonic() - quiet_since > QUIET_SECONDS:
+                quiet_since = time.monotonic()
+                yield ": still here\n\n"
+            if task.status not in OPEN or request.app.state.draining.is_set():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                await to_thread.run_sync(keys.check_still_valid, house.runtime.database, who)
+                task = await to_thread.run_sync(_task, house, tenant.id, task_id)
+            except (NotFound, InvalidKey):  # gone with its tenant, or no longer this client's to see
+                return
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return _Events(stream(), house.streams, who.key_id, headers)
+
+
+def shown(connection: Connection, tenant: str, of: Sequence[Task]) -> list[dict[str, Any]]:
+    names = collection_rows.collection_names(
+        connection, tenant, [task.collection_id for task in of if task.collection_id is not None]
+    )
+    return [show(task, names.get(task.collection_id or "", task.request.get("collection"))) for task in of]
+
+
+def _show(house: House, task: Task) -> dict[str, Any]:
+    with house.runtime.database.read() as connection:
+        return shown(connection, task.tenant_id, [task])[0]
+
+
+def show(task: Task, collection: str | None) -> dict[str, Any]:
+    """`collection`: the name of the task's collection, as it is or was; that of an import, as it will be."""
+    return {
+        "id": task.id,
+        "collection": collection,
+        "kind": task.kind,
+        "status": task.status,
+        "progress": task.progress,
+        "eta_seconds": _eta(task),
+        "message": task.message,
+        "error": task.error,
+        "created_at": task.created_at,
+        "started_at": task.started_at,
+        "finished_at": task.finished_at,
+        "result": task.result,
+    }
+
+
+def _eta(task: Task) -> float | None:
+    """Seconds until the end, if the rest goes as fast as what was done since the first start; None while that is nothing."""
+    if task.status != "running" or task.started_at is None or not 0 < task.progress < 1:
+        return None
+    elapsed = (datetime.now(UTC) - datetime.fromisoformat(task.started_at)).total_seconds()
+    return round(max(0.0, elapsed) * (1 - task.progress) / task.progress, 1)
+
+
+def _task(house: House, tenant: str, task_id: str) -> Task:
+    with house.runtime.database.read() as connection:
+        return task_rows.task(connection, tenant, task_id)

@@ -1,0 +1,198 @@
+"""Receiving a file: streamed to disk under a limit, hashed on the way; the client's file name is only a label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from anyio import to_thread
+from starlette.requests import Request
+
+from indexer.formats import HEAD_BYTES, looks_like_video
+from service.http.middleware import content_length
+from service.http.multipart import Malformed, Multipart
+
+FIELD_BYTES = 1024 * 1024
+SNIFF_BYTES = HEAD_BYTES
+DEPTH = 32  # of JSON that comes back with every hit
+
+
+class InvalidUpload(ValueError):
+    """The body is not multipart/form-data with a part `file`, or another part is not what it should be."""
+
+
+class EmptyFile(ValueError):
+    """The file has no bytes."""
+
+
+class FileTooLarge(ValueError):
+    """The file is over the limit."""
+
+
+class UnsupportedMedia(ValueError):
+    """The bytes do not begin like any video container that the decoders know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A received file in the scratch folder, and the other parts' text."""
+
+    path: Path
+    filename: str
+    sha256: str
+    size: int
+    fields: dict[str, str] = field(default_factory=dict)
+
+    def json_field(self, name: str, kind: type) -> Any:
+        """A part that holds JSON of this type; None where it was not sent. Raises InvalidUpload."""
+        if name not in self.fields:
+            return None
+        try:
+            value = parse_json(self.fields[name])
+        except ValueError as error:
+            raise InvalidUpload(f"the part {name!r} is {error}") from error
+        if not isinstance(value, kind):
+            raise InvalidUpload(f"the part {name!r} must be a JSON {'object' if kind is dict else 'list'}")
+        return value
+
+
+class _Text:
+    """Keeps a small part in memory."""
+
+    def __init__(self) -> None:
+        self.value = b""
+        self._seen = False
+
+    def begin(self, filename: str | None) -> None:
+        if self._seen:
+            raise InvalidUpload("there is more than one part of a name")
+        self._seen = True
+
+    def take(self, data: bytes) -> None:
+        self.value += data
+        if len(self.value) > FIELD_BYTES:
+            raise InvalidUpload(f"a part other than 'file' is over {FIELD_BYTES} bytes")
+
+    def end(self) -> None: ...
+
+
+class _File:
+    """Writes to disk and hashes; refuses what is over the limit, and what is no video as soon as that can be told."""
+
+    def __init__(self, path: Path, limit: int, video: bool) -> None:
+        self._path, self._limit, self._video = path, limit, video
+        self.size = 0
+        self.filename: str | None = None
+        self.seen = self.whole = False
+        self._hash = hashlib.sha256()
+        self._head = b""
+
+    def begin(self, filename: str | None) -> None:
+        if self.seen:
+            raise InvalidUpload("there is more than one part 'file'")
+        self.seen, self.filename = True, filename
+        self._out = self._path.open("wb")
+
+    def take(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        if self.size > self._limit:
+            raise FileTooLarge(f"the file is over the limit of {self._limit} bytes")
+        if self._video and len(self._head) < SNIFF_BYTES:
+            self._head += chunk[:SNIFF_BYTES]
+            if len(self._head) >= SNIFF_BYTES:
+                check_container(self._head)
+        self._hash.update(chunk)
+        self._out.write(chunk)
+
+    def end(self) -> None:
+        self._out.close()
+        self.whole = True
+        if self._video and 0 < len(self._head) < SNIFF_BYTES:
+            check_container(self._head)
+
+    def close(self) -> None:
+        if self.seen:
+            self._out.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str, ...] = (), video: bool = True) -> Upload:
+    """The part `file` of a multipart body, in a new file of `scratch` that the caller must move or remove.
+
+    Raises InvalidUpload, EmptyFile, FileTooLarge and, for a `video`, UnsupportedMedia; nothing is left behind then.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidUpload("send multipart/form-data with a part 'file'")
+    request.state.body_bytes = limit + len(fields) * FIELD_BYTES + 65536
+    if content_length(request.headers) > request.state.body_bytes:
+        raise FileTooLarge(f"the file is over the limit of {limit} bytes")
+    with NamedTemporaryFile(dir=scratch, prefix="upload-", delete=False) as handle:
+        path = Path(handle.name)
+    target = _File(path, limit, video)
+    try:
+        values = {name: _Text() for name in fields}
+        try:
+            parser = Multipart(request.headers["content-type"], {**values, "file": target})
+            async for chunk in request.stream():
+                await to_thread.run_sync(parser.feed, chunk)
+        except Malformed as error:
+            raise InvalidUpload(f"the multipart body is broken: {error}") from error
+        if not target.seen:
+            raise InvalidUpload("there is no part 'file'")
+        if not target.whole:
+            raise InvalidUpload("the multipart body breaks off within the part 'file'")
+        if target.size == 0:
+            raise EmptyFile("the file is empty")
+        texts = {name: _decoded(name, value.value) for name, value in values.items() if value.value}
+        return Upload(path, label(target.filename), target.sha256, target.size, texts)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be full: what is buffered cannot be written
+            target.close()
+        raise
+
+
+def parse_json(text: str) -> Any:
+    """JSON that can be stored and sent again. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {str(error)[:100]}") from error
+    if not _within(value, DEPTH):
+        raise ValueError(f"nested more than {DEPTH} levels deep")
+    return value
+
+
+def check_container(head: bytes) -> None:
+    """Raises UnsupportedMedia unless `head`, the first bytes of a file, begins like a video container."""
+    if not looks_like_video(head):
+        raise UnsupportedMedia("this file is no video: it does not begin like any video container")
+
+
+def _within(value: Any, levels: int) -> bool:
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidUpload(f"the part {name!r} is not UTF-8 text (byte {error.start})") from error
+
+
+def label(filename: str | None) -> str:
+    """What the client called the file, for people to read: the last part of the path, printable, at most 255 characters."""
+    name = (filename or "").replace("\\", "/").rsplit("/", 1)[-1]
+    with suppress(UnicodeError):
+        name = name.encode("latin-1").decode("utf-8")
+    return "".join(c for c in name if c.isprintable())[:255] or "video"

@@ -1,0 +1,258 @@
+"""Videos of a collection: upload, list, look at, caption, delete."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection
+
+from service.http import paging, uploads
+from service.http.auth import (
+    PROBLEMS,
+    CanSearch,
+    CanWrite,
+    House,
+    IdempotencyKey,
+    InHouse,
+    KeyFirst,
+    collection_of,
+    larger_bodies,
+)
+from service.http.collections import listing
+from service.http.schemas import MAX_CAPTIONS, MAX_METADATA, CaptionIn, Captions, VideoOut
+from service.http.search import media_urls
+from service.http.uploads import InvalidUpload, Upload
+from service.jobs.task_rows import Task
+from service.storage import collection_rows, idempotency, tenant_rows
+from service.storage.blobs import video_key
+from service.storage.tables import new_id
+from service.storage.tenant_rows import Tenant
+from service.upkeep import delete as cleanup
+from service.videos import index, video_rows
+from service.videos.video_rows import Caption, Video
+
+router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
+PageLimit = Annotated[int, Query(ge=1, le=50)]
+Status = Literal["pending", "validating", "queued", "indexing", "ready", "failed"]
+_captions = TypeAdapter(list[str | CaptionIn])
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "metadata": {"type": "string", "description": "a JSON object, returned with every hit"},
+                        "captions": {"type": "string", "description": "a JSON list of strings or {text, start?, end?}"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=202, openapi_extra=_BODY)
+async def upload(name: str, request: Request, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
+    """Stores a video and queues its indexing. When this answers, file and record are on disk.
+
+    The same bytes in the same collection are not stored twice: the answer then names the earlier video. Captions that it
+    lacks are added, metadata replaces its own, and `updated` says which of the two have changed.
+    """
+    await to_thread.run_sync(_check_before, house, tenant, name)
+    runtime = house.runtime
+    limit = runtime.settings.max_video_bytes
+    received = await uploads.receive(request, runtime.settings.scratch, limit, ("metadata", "captions"))
+    try:
+        return await to_thread.run_sync(_store, house, tenant, name, received, key)
+    finally:
+        received.path.unlink(missing_ok=True)
+
+
+@router.get("")
+def list_all(
+    name: str,
+    request: Request,
+    tenant: CanSearch,
+    house: InHouse,
+    status: Status | None = None,
+    page_limit: PageLimit = 10,
+    page_token: str | None = None,
+) -> dict[str, Any]:
+    """The collection's videos, newest first."""
+    with house.runtime.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        page = video_rows.list_videos(connection, tenant.id, collection.id, status, page_limit, paging.decode("id", page_token))
+        return listing(show(connection, house, request, tenant, page.rows), page)
+
+
+@router.get("/{video_id}", responses={200: {"model": VideoOut}})
+def get(name: str, video_id: str, request: Request, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+    """Status, facts, metadata, captions."""
+    with house.runtime.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        video = video_rows.video(connection, tenant.id, video_id, collection.id)
+        return show(connection, house, request, tenant, [video])[0]
+
+
+@router.delete("/{video_id}", status_code=204)
+def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Response:
+    """The video leaves lists and searches at once; its files follow in the background."""
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        video_rows.video(connection, tenant.id, video_id, collection.id)
+        task = cleanup.delete_video(connection, tenant.id, collection.id, video_id)
+    house.jobs.enqueue(task)
+    return Response(status_code=204)
+
+
+@router.put("/{video_id}/captions", responses={200: {"model": VideoOut}})
+@larger_bodies(4)
+def put_captions(
+    name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, house: InHouse
+) -> dict[str, Any]:
+    """Replaces the captions: what an adapter is trained on."""
+    texts = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in body.captions]
+    with house.runtime.database.write() as connection:
+        collection = collection_of(connection, tenant, name)
+        video = video_rows.video(connection, tenant.id, video_id, collection.id)
+        video_rows.set_captions(connection, tenant.id, video_id, texts)
+        return show(connection, house, request, tenant, [video])[0]
+
+
+def show(
+    connection: Connection, house: House, request: Request, tenant: Tenant, videos: list[Video] | Any
+) -> list[dict[str, Any]]:
+    captions, url = video_rows.captions_of(connection, tenant.id, [video.id for video in videos]), media_urls(house, request)
+    return [
+        {
+            "id": video.id,
+            "video_id": video.id,  # as it was called in the versions before
+            "filename": video.filename,
+            "status": video.status,
+            "error": video.error,
+            "task_id": video.task_id,
+            "system_metadata": {**(video.media or {}), "sha256": video.sha256, "size": video.size},
+            "metadata": dict(video.metadata),
+            "user_metadata": dict(video.metadata),  # as it was called in the versions before
+            "captions": [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]],
+            "thumbnail_url": url("thumbnail", f"{video.id}-0") if video.media else None,
+            "video_url": url("video", video.id),
+            "created_at": video.created_at,
+            "updated_at": video.updated_at,
+        }
+        for video in videos
+    ]
+
+
+def _check_before(house: House, tenant: Tenant, name: str) -> None:
+    """What can be refused before the bytes come."""
+    with house.runtime.database.read() as connection:
+        collection_of(connection, tenant, name)
+        tenant_rows.check_quota(connection, tenant, videos=1)
+
+
+def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
+    """File first, then row and task in one transaction, then the queue: a crash between leaves nothing acknowledged lost."""
+    metadata = received.json_field("metadata", dict)
+    if len(received.fields.get("metadata", "").encode()) > MAX_METADATA:
+        raise InvalidUpload(f"the part 'metadata' is over {MAX_METADATA} bytes")
+    captions = parse_captions(received.json_field("captions", list) or [])
+    hashed = idempotency.request_hash("videos", name, received.sha256, received.filename, received.fields)
+    video_id = new_id("vid")
+    database, blobs = house.runtime.database, house.runtime.blobs
+    with database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
+            return earlier  # type: ignore[no-any-return]
+        twin = video_rows.twin(connection, tenant.id, collection.id, received.sha256)
+    if twin is not None:
+        restored = index.restore_file(house.runtime, twin, received.path)
+        if restored or (key is None and metadata is None and not captions):
+            with database.write() as connection:
+                return _duplicate(twin, renew(connection, twin, metadata, captions))
+    blobs.put_file(video_key(collection.id, video_id), received.path)
+    task: Task | None = None
+    try:
+        with database.write() as connection:
+            collection_rows.lock_collection(
+                connection, tenant.id, collection.id
+            )  # of two equal uploads at once, one is the twin
+            earlier = idempotency.earlier_answer(connection, tenant.id, key, hashed)
+            twin = video_rows.twin(connection, tenant.id, collection.id, received.sha256)
+            if earlier is None and twin is None:
+                tenant_rows.check_quota(connection, tenant, videos=1, bytes=received.size)
+                task = video_rows.add_video(
+                    connection, tenant.id, collection.id, video_id,
+                    received.filename, received.sha256, received.size, metadata or {}, captions,
+                )  # fmt: skip
+                told = {"video_id": video_id, "task_id": task.id, "status": "pending"}
+                answer: dict[str, Any] = {**told, "duplicate_of": None, "updated": []}
+            elif earlier is not None:
+                answer = earlier
+            else:
+                assert twin is not None
+                answer = _duplicate(twin, renew(connection, twin, metadata, captions))
+            if earlier is None:
+                idempotency.remember(connection, tenant.id, key, hashed, answer)
+    finally:
+        if task is None:
+            blobs.delete(video_key(collection.id, video_id))
+    if task is not None:
+        house.jobs.enqueue(task)
+    return answer
+
+
+def _duplicate(twin: Video, updated: list[str]) -> dict[str, Any]:
+    told = {"video_id": twin.id, "task_id": twin.task_id, "status": twin.status}
+    return {**told, "duplicate_of": twin.id, "updated": updated}
+
+
+def renew(connection: Connection, twin: Video, metadata: dict[str, Any] | None, captions: list[Caption]) -> list[str]:
+    """What the same bytes bring once more: captions that the video lacks are added, metadata replaces its own.
+
+    Returns which of "captions" and "metadata" have changed. Raises InvalidUpload over the bound, NotFound for a deleted video.
+    """
+    if metadata is None and not captions:
+        return []
+    collection_rows.lock_collection(
+        connection, twin.tenant_id, twin.collection_id
+    )  # of two at once, one sees the other's captions
+    twin, updated = video_rows.video(connection, twin.tenant_id, twin.id), []
+    held = video_rows.captions_of(connection, twin.tenant_id, [twin.id])[twin.id]
+    known = set(held)
+    if fresh := [caption for caption in dict.fromkeys(captions) if caption not in known]:
+        if len(held) + len(fresh) > MAX_CAPTIONS:
+            raise InvalidUpload(f"a video may have {MAX_CAPTIONS} captions: it has {len(held)}, {len(fresh)} more were given")
+        video_rows.add_captions(connection, twin.id, fresh, first=len(held))
+        updated.append("captions")
+    changes: dict[str, Any] = {}
+    if metadata is not None and json.dumps(metadata, sort_keys=True) != json.dumps(dict(twin.metadata), sort_keys=True):
+        changes["metadata"] = metadata
+        updated.append("metadata")
+    if updated:
+        video_rows.set_video(connection, twin.tenant_id, twin.id, **changes)
+    return updated
+
+
+def parse_captions(values: list[Any]) -> list[Caption]:
+    """Strings, or objects with text, start and end. Raises InvalidUpload."""
+    if len(values) > MAX_CAPTIONS:
+        raise InvalidUpload(f"the part 'captions': a video may have {MAX_CAPTIONS} captions, not {len(values)}")
+    try:
+        parsed = _captions.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidUpload(f"the part 'captions': {first['msg']} at {'/'.join(str(p) for p in first['loc'])}") from error
+    captions = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in parsed]
+    if any(not caption.text.strip() for caption in captions):
+        raise InvalidUpload("the part 'captions': a caption is empty")
+    return captions

@@ -1,0 +1,1 @@
+"""Tasks: their queues, the worker that runs them, and what watches over the worker."""

@@ -1,1 +1,0 @@
-"""The HTTP calls: each parses, calls one function of the house, and shapes the answer."""

@@ -1,0 +1,1 @@
+"""Searches: from the text to the hits."""

@@ -1,0 +1,1 @@
+"""What is kept: database, files, and the rows that several features read."""

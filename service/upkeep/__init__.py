@@ -1,0 +1,1 @@
+"""What keeps a data folder in order: deletion, checks, archives of collections."""

@@ -1,0 +1,278 @@
+"""How things are removed. A request marks what is to go: it leaves every list and search in one transaction (`delete_…`).
+A purge job then takes away vectors, files and rows (`purge`); it may be broken off anywhere and run again. A sweep finds what
+a crash left behind: generations that nobody builds, marks without a purge, vectors without a generation, files without a row.
+
+Whoever still works on what has been marked finds it gone at its next transaction and takes its own files away again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection
+
+from service.adapters import adapter_rows
+from service.jobs import task_rows
+from service.jobs.task_rows import Task
+from service.runtime import Runtime
+from service.search import views
+from service.storage import collection_rows, facts, generation_rows, segment_rows, tenant_rows
+from service.storage.blobs import adapter_key
+from service.storage.generation_rows import Generation
+from service.upkeep import erase_rows
+from service.videos import index, video_rows
+
+GRACE = 3600.0  # seconds: a file comes before its row, a purge some time after its mark
+SETTLED = 60.0  # seconds for which searches may still be under way on a generation that has been retired
+KINDS = ("videos", "frames", "thumbnails", "adapters")  # folders of blobs, each with a folder for every collection
+VIDEOS = 200  # rows erased in one transaction
+VECTORS = 500
+PAUSE = 0.02  # seconds between two such transactions, for the other writers
+
+log = structlog.get_logger()
+
+
+def delete_video(connection: Connection, tenant: str, collection: str, video: str) -> Task:
+    """Marks, and adds the task of the purge, as all of these four do; the caller enqueues it. Raises NotFound."""
+    video_rows.mark_video_deleted(connection, tenant, video)
+    return _purge_of(connection, tenant, collection, "video", video, lambda task: task.request.get("video_id") == video)
+
+
+def delete_adapter(connection: Connection, tenant: str, collection: str, adapter: str) -> Task:
+    """Raises NotFound, AdapterInUse."""
+    collection_rows.lock_collection(connection, tenant, collection)
+    adapter_rows.mark_adapter_deleted(connection, tenant, collection, adapter)
+    return _purge_of(connection, tenant, collection, "adapter", adapter, lambda task: task.request.get("adapter_id") == adapter)
+
+
+def delete_collection(connection: Connection, tenant: str, collection: str) -> Task:
+    collection_rows.lock_collection(connection, tenant, collection)
+    collection_rows.mark_collection_deleted(connection, tenant, collection)
+    return _purge_of(connection, tenant, collection, "collection", collection, lambda task: task.collection_id == collection)
+
+
+def delete_tenant(connection: Connection, tenant: str) -> Task:
+    """Its keys stop working and its name is free at once. The purge takes its own task away too: no key could look at it."""
+    tenant_rows.mark_tenant_deleted(connection, tenant)
+    for collection in erase_rows.all_collections(connection, tenant):
+        collection_rows.mark_collection_deleted(connection, tenant, collection)
+    return _purge_of(connection, tenant, None, "tenant", tenant, lambda task: True)
+
+
+def _purge_of(
+    connection: Connection, tenant: str, collection: str | None, what: str, name: str, concerned: Callable[[Task], bool]
+) -> Task:
+    """The purge's task; the open tasks that it concerns are cancelled."""
+    for task in task_rows.open_tasks(connection):
+        if task.tenant_id == tenant and task.kind != "purge" and concerned(task):
+            task_rows.set_task(connection, tenant, task.id, cancel_requested=True)
+            if task.status == "queued":
+                task_rows.end_task(connection, tenant, task.id, "cancelled")
+    return task_rows.add_task(connection, tenant, collection, "purge", {"what": what, "id": name})
+
+
+def purge(runtime: Runtime, task: Task) -> dict[str, Any]:
+    """Does what a purge task asks, and sees to it that it cannot be read in the database's files either."""
+    _purge(runtime, task.tenant_id, task.collection_id, task.request["what"], task.request["id"])
+    with runtime.database.write() as connection:
+        facts.set_fact(connection, "traces", True)
+        others = [t for t in task_rows.open_tasks(connection) if t.kind == "purge" and t.id != task.id]
+    if not others:  # the last of several does it for all
+        _scrub(runtime, anew=task.request["what"] != "video")
+    return dict(task.request)
+
+
+def _scrub(runtime: Runtime, anew: bool) -> None:
+    """Writes the database anew for large purges at once, for single videos when the sweep comes: others cannot write then."""
+    if runtime.database.scrub(anew):
+        with runtime.database.write() as connection:
+            facts.set_fact(connection, "traces", False)
+    elif anew:
+        log.warning("traces_left", hint="VACUUM the database at a quiet hour")
+
+
+def _purge(runtime: Runtime, tenant: str, collection: str | None, what: str, name: str) -> None:
+    if what == "video":
+        purge_video(runtime, tenant, str(collection), name)
+    elif what == "adapter":
+        purge_adapter(runtime, tenant, str(collection), name)
+    elif what == "collection":
+        purge_collection(runtime, tenant, name)
+    else:
+        purge_tenant(runtime, name)
+    log.info("purged", what=what, id=name)
+
+
+def purge_video(runtime: Runtime, tenant: str, collection: str, video: str) -> None:
+    """Files and rows of a deleted video; its vectors went with the mark."""
+    index.remove_files(runtime, collection, video)
+    with runtime.database.write() as connection:
+        views.forget(runtime, tenant, generation_rows.vector_sets(connection, tenant, collection))
+        erase_rows.erase_videos(connection, tenant, [video])
+
+
+def purge_adapter(runtime: Runtime, tenant: str, collection: str, adapter: str) -> None:
+    """A deleted adapter with its generations; nothing if the same bytes have been published again meanwhile."""
+    with runtime.database.write() as connection:
+        collection_rows.lock_collection(connection, tenant, collection)
+        erased = erase_rows.erase_adapter(connection, tenant, collection, adapter)
+        if erased is not None:
+            runtime.blobs.delete(adapter_key(collection, erased[0]))
+            views.forget(runtime, tenant, erased[1])
+    _drop_orphaned_vectors(runtime)  # after a crash at this point too, when nothing else tells whose they were
+
+
+def purge_collection(runtime: Runtime, tenant: str, collection: str) -> None:
+    """Everything of a deleted collection, its own row last."""
+    with runtime.database.read() as connection:
+        if not erase_rows.is_marked(connection, tenant, collection):
+            return
+        known = generation_rows.generations_of(connection, tenant, collection)
+    for generation in known:
+        drop_vectors(runtime, tenant, generation.id)
+    erased = VIDEOS
+    while erased:
+        with runtime.database.write() as connection:
+            some = erase_rows.some_videos(connection, tenant, collection, VIDEOS)
+            erased = erase_rows.erase_videos(connection, tenant, some)
+        time.sleep(PAUSE)
+    for kind in KINDS:
+        runtime.blobs.delete_all(f"{kind}/{collection}/")
+    with runtime.database.write() as connection:
+        erase_rows.erase_collection(connection, tenant, collection)
+
+
+def purge_tenant(runtime: Runtime, tenant: str) -> None:
+    """Everything of a deleted tenant, its own row last."""
+    with runtime.database.read() as connection:
+        theirs = erase_rows.all_collections(connection, tenant)
+    for collection in theirs:
+        purge_collection(runtime, tenant, collection)
+    with runtime.database.write() as connection:
+        erase_rows.erase_tenant(connection, tenant)
+
+
+def remove_generation(runtime: Runtime, generation: Generation) -> bool:
+    """Removes a retired generation and its vectors; False if it is in use again, or another one searches its vectors."""
+    with runtime.database.write() as connection:
+        collection_rows.lock_collection(connection, generation.tenant_id, generation.collection_id)
+        if not generation_rows.remove_generation(connection, generation.tenant_id, generation.id):
+            return False
+    drop_vectors(runtime, generation.tenant_id, generation.id)
+    return True
+
+
+def retain(runtime: Runtime, settled: float = SETTLED) -> int:
+    """Removes the retired generations that no collection's settings keep; returns their number.
+
+    The frozen backbone's generation stays in any case: the way back to it is short, and text-only adapters search its vectors.
+    """
+    with runtime.database.read() as connection:
+        retired = generation_rows.retired_generations(connection)
+    kept: Counter[str] = Counter()
+    removed = 0
+    for generation, own in retired:
+        since = generation.retired_at or generation.activated_at or generation.created_at
+        age = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
+        days = own.get("keep_generation_days", runtime.settings.keep_generation_days)
+        most = own.get("keep_generations", runtime.settings.keep_generations)
+        if age <= settled or (age <= 86400 * days and kept[generation.collection_id] < most):
+            kept[generation.collection_id] += 1
+        else:
+            removed += remove_generation(runtime, generation)
+    return removed
+
+
+def sweep(runtime: Runtime, grace: float = GRACE) -> None:
+    """All that a crash may have left, and what retention lets go. For a worker, at its start and about once an hour."""
+    with runtime.database.write() as connection:
+        abandoned = generation_rows.retire_abandoned(connection)
+    before = datetime.now(UTC) - timedelta(seconds=grace)
+    with runtime.database.read() as connection:
+        forgotten = erase_rows.forgotten(connection, before.isoformat(timespec="microseconds").replace("+00:00", "Z"))
+    for what, tenant, collection, name in forgotten:
+        try:
+            _purge(runtime, tenant, collection, what, name)
+        except Exception:  # one that cannot go now does not hold up the others
+            log.exception("purge_failed", what=what, id=name)
+    removed = retain(runtime)
+    orphans = sweep_orphans(runtime, grace)
+    with runtime.database.read() as connection:
+        traces = facts.fact(connection, "traces")
+    if traces or forgotten:
+        _scrub(runtime, anew=True)
+    log.info("swept", abandoned=abandoned, forgotten=len(forgotten), generations=removed, **orphans)
+
+
+def sweep_orphans(runtime: Runtime, grace: float = GRACE) -> dict[str, int]:
+    """Vectors without a generation, files without a row, scratch of trainings that have ended; how many of each there were.
+
+    No file younger than `grace` seconds is touched.
+    """
+    with runtime.database.read() as connection:
+        training = {f"train-{task.id}" for task in task_rows.open_tasks(connection)}
+    sets = _drop_orphaned_vectors(runtime)
+    left = [path for path in runtime.settings.scratch.glob("train-*") if path.name not in training]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    runtime.blobs.sweep_scratch()
+    files = 0
+    for key in orphans(runtime, grace):
+        runtime.blobs.delete(key)
+        files += 1
+    for kind in KINDS:
+        folders = runtime.blobs.folders(f"{kind}/")
+        with runtime.database.read() as connection:
+            unknown = set(folders) - erase_rows.known_collections(connection, folders)
+        for folder in unknown:  # what a job left that ended after its collection's purge
+            if not runtime.blobs.keys(f"{kind}/{folder}/"):
+                runtime.blobs.delete_all(f"{kind}/{folder}/")
+    return {"vector_sets": sets, "files": files, "scratch": len(left)}
+
+
+def orphans(runtime: Runtime, grace: float = GRACE) -> Iterator[str]:
+    """Keys of files, `grace` seconds old at least, that belong to no row and, of archives that came in, to no open task."""
+    for kind in KINDS:
+        for keys in runtime.blobs.older(f"{kind}/", grace):
+            yield from _unknown(runtime, kind, keys)
+    for keys in runtime.blobs.older("imports/", grace):
+        with runtime.database.read() as connection:
+            wanted = {task.request.get("archive") for task in task_rows.open_tasks(connection)}
+        yield from set(keys) - wanted
+
+
+def _unknown(runtime: Runtime, kind: str, keys: Iterable[str]) -> list[str]:
+    """Those of these keys whose owner has no row; keys that are none of ours are left alone."""
+    parts = {key: key.split("/") for key in keys}
+    owners = {key: (p[1], p[2].split(".")[0]) for key, p in parts.items() if len(p) > 2}
+    with runtime.database.read() as connection:
+        if kind == "adapters":
+            adapters = erase_rows.known_adapters(connection, owners.values())
+            return [key for key, owner in owners.items() if owner not in adapters]
+        videos = erase_rows.known_videos(connection, [video for _, video in owners.values()])
+        return [key for key, (_, video) in owners.items() if video not in videos]
+
+
+def _drop_orphaned_vectors(runtime: Runtime) -> int:
+    with runtime.database.read() as connection:
+        sets = erase_rows.orphaned_vector_sets(connection)
+    for vector_set in sets:
+        drop_vectors(runtime, None, vector_set)
+    return len(sets)
+
+
+def drop_vectors(runtime: Runtime, tenant: str | None, vector_set: str) -> None:
+    """In parts, so that the database's write lock is never held for long."""
+    if tenant is not None:
+        views.forget(runtime, tenant, [vector_set])
+    dropped = VECTORS
+    while dropped == VECTORS:
+        with runtime.database.write() as connection:
+            dropped = segment_rows.drop_vectors(connection, tenant, vector_set, VECTORS)
+        time.sleep(PAUSE)

@@ -1,0 +1,1 @@
+"""Videos: taken in, decoded, embedded."""
