@@ -23,11 +23,13 @@ from sqlalchemy import insert
 from bench.serving import BACKBONE
 from bench.timing import Row
 from indexer.index import IndexView, use_one_thread
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
+from service.cli.local import Parts
 from service.search.views import Views
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 from service.storage.tables import segments
 
 faiss: Any = _faiss
@@ -39,19 +41,18 @@ TINY = 2000
 def run() -> list[Row]:
     use_one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        runtime = Runtime(Settings(data=Path(folder), backbone=BACKBONE, pretrained="random"))
-        runtime.prepare()
-        with runtime.database.write() as connection:
+        parts = Parts.over(Settings(data=Path(folder), backbone=BACKBONE, pretrained="random"))
+        with parts.storage.database.write() as connection:
             tenant_rows.create_tenant(connection, "bench", {})
         try:
-            small = tiny(runtime)  # first, while the process has no freed memory to give them
+            small = tiny(parts.storage, parts.encoder)  # first, while the process has no freed memory to give them
             rows = []
             for size in SIZES:
                 vectors, queries = clip_like(size)
-                rows += searches(vectors, queries) + opening(runtime, vectors)
+                rows += searches(vectors, queries) + opening(parts.storage, parts.encoder, vectors)
             return rows + small
         finally:
-            runtime.close()
+            parts.close()
 
 
 def clip_like(count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -140,18 +141,18 @@ def against_the_first(what: str, queries: NDArray[np.float32], *ways: Way) -> li
     return rows
 
 
-def opening(runtime: Runtime, vectors: NDArray[np.float32]) -> list[Row]:
+def opening(storage: Storage, encoder: Encoder, vectors: NDArray[np.float32]) -> list[Row]:
     """A view opened by a process that has none: from all rows, and from the snapshot that was written beside."""
-    tenant, generation = collection(runtime, f"films-{len(vectors)}")
+    tenant, generation = collection(storage, encoder, f"films-{len(vectors)}")
     frames = np.zeros((12, DIM), np.float16).tobytes()
     for first in range(0, len(vectors), 5000):
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             part = [{**row, "frames": frames} for row in table(vectors[first : first + 5000], first)]
             connection.execute(insert(segments), [row | {"vector_set": generation.vector_set} for row in part])
     times: dict[str, list[float]] = {"from its rows": [], "from its snapshot": []}
     for name, turns in (("from its rows", 1), ("from its snapshot", 5)):
         for _ in range(turns):
-            views, done = Views(runtime), threading.Event()
+            views, done = Views(storage, encoder), threading.Event()
             times[name].append(1000 * seconds(lambda views=views: views.view(tenant, generation)))  # type: ignore[misc]
             views.beside(done.set)
             done.wait()
@@ -164,17 +165,17 @@ def opening(runtime: Runtime, vectors: NDArray[np.float32]) -> list[Row]:
     return rows
 
 
-def tiny(runtime: Runtime) -> list[Row]:
+def tiny(storage: Storage, encoder: Encoder) -> list[Row]:
     """Opening and searching many small views, and what each adds to the process's memory."""
     vectors, _ = clip_like(12)
     made = []
     for i in range(TINY):
-        tenant, generation = collection(runtime, f"tiny-{i}")
-        with runtime.database.write() as connection:
+        tenant, generation = collection(storage, encoder, f"tiny-{i}")
+        with storage.database.write() as connection:
             rows = [{**row, "frames": b"", "vector_set": generation.vector_set} for row in table(vectors[:3])]
             connection.execute(insert(segments), rows)
         made.append(generation)
-    views = Views(runtime)
+    views = Views(storage, encoder)
     for g in made[:20]:
         views.view(tenant, g).search(vectors[0], K)
     before = resident()
@@ -187,9 +188,9 @@ def tiny(runtime: Runtime) -> list[Row]:
     ]
 
 
-def collection(runtime: Runtime, name: str) -> tuple[str, Generation]:
-    backbone = runtime.backbone.fingerprint
-    with runtime.database.write() as connection:
+def collection(storage: Storage, encoder: Encoder, name: str) -> tuple[str, Generation]:
+    backbone = encoder.backbone.fingerprint
+    with storage.database.write() as connection:
         tenant = tenant_rows.tenant_named(connection, "bench")
         collection_rows.create_collection(connection, tenant, name, {}, backbone)
         return tenant.id, collection_rows.active_generation(connection, tenant.id, name)[1]

@@ -18,11 +18,13 @@ import av
 import numpy as np
 
 from bench.timing import Row
+from service.adapters.encoder import Encoder
+from service.cli.local import Parts
 from service.jobs.queue import QUEUES
-from service.runtime import Runtime
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows
 from service.storage.blobs import video_key
+from service.storage.storage import Storage
 from service.storage.tables import new_id
 from service.videos import index, video_rows
 
@@ -32,24 +34,32 @@ VIDEOS, FEW, SECONDS, SIZE = 24, 8, 10, (640, 360)
 def run() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data=Path(folder), backbone="ViT-B-32", pretrained="random")
-        runtime = Runtime(settings)
-        runtime.prepare()
-        with runtime.database.write() as connection:
+        parts = Parts.over(settings)
+        with parts.storage.database.write() as connection:
             tenant = tenant_rows.create_tenant(connection, "bench", {})
         files = [film(seed) for seed in range(VIDEOS)]
-        warm = put(runtime, tenant, "warm", files[:2])
+        warm = put(parts.storage, parts.encoder, tenant, "warm", files[:2])
         for video in warm:
-            index.index_video(runtime, tenant.id, video)
-        apart = put(runtime, tenant, "apart", files)
-        decode = timed(apart, lambda video: index.prepare_frames(runtime, tenant.id, video))
-        encode = timed(apart, lambda video: index.embed_video(runtime, tenant.id, video))
-        both = timed(put(runtime, tenant, "both", files), lambda video: index.index_video(runtime, tenant.id, video))
-        few = put(runtime, tenant, "few", files[: 1 + FEW])
-        timed(few, lambda video: index.prepare_frames(runtime, tenant.id, video))
-        runtime.close()
-        half = Runtime(settings.model_copy(update={"precision": "bfloat16"}))
-        index.embed_video(half, tenant.id, few[0])
-        halved = timed(few[1:], lambda video: index.embed_video(half, tenant.id, video)) * VIDEOS / FEW
+            index.index_video(parts.storage, parts.encoder, parts.decoders, tenant.id, video)
+        apart = put(parts.storage, parts.encoder, tenant, "apart", files)
+        decode = timed(
+            apart, lambda video: index.prepare_frames(parts.storage, parts.encoder, parts.decoders, tenant.id, video)
+        )
+        encode = timed(apart, lambda video: index.embed_video(parts.storage, parts.encoder, parts.decoders, tenant.id, video))
+        both = timed(
+            put(parts.storage, parts.encoder, tenant, "both", files),
+            lambda video: index.index_video(parts.storage, parts.encoder, parts.decoders, tenant.id, video),
+        )
+        few = put(parts.storage, parts.encoder, tenant, "few", files[: 1 + FEW])
+        timed(few, lambda video: index.prepare_frames(parts.storage, parts.encoder, parts.decoders, tenant.id, video))
+        parts.close()
+        half = Parts.over(settings.model_copy(update={"precision": "bfloat16"}))
+        index.embed_video(half.storage, half.encoder, half.decoders, tenant.id, few[0])
+        halved = (
+            timed(few[1:], lambda video: index.embed_video(half.storage, half.encoder, half.decoders, tenant.id, video))
+            * VIDEOS
+            / FEW
+        )
         half.close()
     slower = max(decode, encode)
     return [
@@ -76,16 +86,16 @@ def timed(videos: list[str], work: Callable[[str], object]) -> float:
         return time.perf_counter() - started
 
 
-def put(runtime: Runtime, tenant: tenant_rows.Tenant, name: str, files: list[bytes]) -> list[str]:
+def put(storage: Storage, encoder: Encoder, tenant: tenant_rows.Tenant, name: str, files: list[bytes]) -> list[str]:
     """A collection that has received these files; the videos' ids."""
-    fingerprint = runtime.backbone.fingerprint  # loaded outside of the transaction below: it writes in one of its own
-    with runtime.database.write() as connection:
+    fingerprint = encoder.backbone.fingerprint  # loaded outside of the transaction below: it writes in one of its own
+    with storage.database.write() as connection:
         collection = collection_rows.create_collection(connection, tenant, name, {}, fingerprint)
     videos = []
     for number, data in enumerate(files):
         video = new_id("vid")
-        runtime.blobs.put(video_key(collection.id, video), data)
-        with runtime.database.write() as connection:
+        storage.blobs.put(video_key(collection.id, video), data)
+        with storage.database.write() as connection:
             video_rows.add_video(connection, tenant.id, collection.id, video, "film.mp4", str(number), len(data), {}, [])
         videos.append(video)
     return videos

@@ -13,10 +13,12 @@ import torch
 
 from backbone import q_score
 from bench.timing import Row, compare
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
+from service.cli.local import Parts
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import collection_rows, segment_rows, tenant_rows
+from service.storage.storage import Storage
 from service.videos import video_rows
 
 VIDEOS = 2_000
@@ -24,17 +26,16 @@ VIDEOS = 2_000
 
 def run() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        runtime = Runtime(Settings(data=Path(folder)))
-        runtime.prepare()
-        tenant, generation = fill(runtime)
-        searcher = Searcher(runtime)
+        parts = Parts.over(Settings(data=Path(folder)))
+        tenant, generation = fill(parts.storage, parts.encoder)
+        searcher = Searcher(parts.storage, parts.encoder)
         number = itertools.count()
 
         def naive() -> object:
-            tokens = runtime.backbone.tokenize([f"a naive query {next(number)}"]).ids
+            tokens = parts.encoder.backbone.tokenize([f"a naive query {next(number)}"]).ids
             with torch.inference_mode():
-                query = runtime.backbone.encode_text(tokens)
-            with runtime.database.read() as connection:
+                query = parts.encoder.backbone.encode_text(tokens)
+            with parts.storage.database.read() as connection:
                 rows = segment_rows.segments_after(connection, tenant, generation, 0, VIDEOS)
                 frames = segment_rows.frame_vectors(connection, tenant, generation, [row["seq"] for row in rows])
             stored = np.stack([np.frombuffer(f, np.float16).reshape(12, -1) for f in frames.values()]).astype(np.float32)
@@ -51,16 +52,16 @@ def run() -> list[Row]:
                 naive="naive: read and score all",
             )
         finally:
-            runtime.close()
+            parts.close()
 
 
-def fill(runtime: Runtime) -> tuple[str, str]:
+def fill(storage: Storage, encoder: Encoder) -> tuple[str, str]:
     """A collection of random vectors; returns the tenant's id and the generation's."""
     rng = np.random.default_rng(0)
-    dim = runtime.backbone.embed_dim
-    with runtime.database.write() as connection:
+    dim = encoder.backbone.embed_dim
+    with storage.database.write() as connection:
         tenant = tenant_rows.create_tenant(connection, "bench", {})
-        collection = collection_rows.create_collection(connection, tenant, "bench", {}, runtime.backbone.fingerprint)
+        collection = collection_rows.create_collection(connection, tenant, "bench", {}, encoder.backbone.fingerprint)
         for i in range(VIDEOS):
             video = f"vid_{i:05d}"
             video_rows.add_video(connection, tenant.id, collection.id, video, f"{i}.mp4", f"{i}", 1, {}, [])

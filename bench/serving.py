@@ -155,32 +155,33 @@ def fill(
     import adapters_store
     from backbone import AdapterShape
     from service.adapters import train
-    from service.runtime import Runtime
+    from service.cli.local import Parts
     from service.settings import Settings
     from service.storage import collection_rows, generation_rows, keys, segment_rows, tenant_rows
     from service.videos import video_rows
 
-    runtime = Runtime(Settings(data=data, backbone=BACKBONE, pretrained="random", root_key=ROOT_KEY))
-    runtime.prepare()
-    backbone, rng = runtime.backbone, np.random.default_rng(0)
+    parts = Parts.over(Settings(data=data, backbone=BACKBONE, pretrained="random", root_key=ROOT_KEY))
+    backbone, rng = parts.encoder.backbone, np.random.default_rng(0)
     shape = AdapterShape(backbone.dims, scope=scope, shared=16 if scope == "both" else 0)
     about = []
     for t in range(tenants):
-        with runtime.database.write() as connection:
+        with parts.storage.database.write() as connection:
             tenant = tenant_rows.create_tenant(connection, f"tenant-{t}", {})
             key_id, key = keys.new_key()
             tenant_rows.add_key(connection, tenant.id, key_id, "search", keys.hash_key(key), None)
         for c in range(each):
             name = f"films-{t}-{c}"
-            with runtime.database.write() as connection:
+            with parts.storage.database.write() as connection:
                 collection = collection_rows.create_collection(connection, tenant, name, {}, backbone.fingerprint)
             packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(each * t + c))
-            version = train.publish(runtime, tenant.id, collection.id, packed, adapters_store.describe(packed))
+            version = train.publish(
+                parts.storage, parts.encoder, tenant.id, collection.id, packed, adapters_store.describe(packed)
+            )
             frames = rng.normal(size=(videos_each, FRAMES, backbone.embed_dim)).astype(np.float16)
             pooled = frames.astype(np.float32).mean(1)
             pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
             videos = [f"vid_{t}_{c}_{i:04d}" for i in range(videos_each)]
-            with runtime.database.write() as connection:
+            with parts.storage.database.write() as connection:
                 generation = generation_rows.add_generation(
                     connection, tenant.id, collection.id, version.id, backbone.fingerprint, None, "building"
                 )["id"]
@@ -196,7 +197,7 @@ def fill(
             (place / "adapter.safetensors").write_bytes(packed)
             np.save(place / "frames.npy", frames)
             about.append({"collection": name, "key": key, "videos": videos})
-    runtime.close()
+    parts.close()
     (data / "naive" / "collections.json").write_text(json.dumps(about))
 
 

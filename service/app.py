@@ -11,37 +11,43 @@ from anyio import to_thread
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
+from service.adapters.encoder import Encoder
 from service.http import adapters, admin, archive, collections, health, media, problems, search, tasks, videos
-from service.http.auth import House
-from service.http.metrics import HouseCollector
+from service.http.auth import Services
+from service.http.metrics import Inside
 from service.http.middleware import Head, Metrics, Observe
 from service.jobs.queue import Jobs
-from service.runtime import Runtime
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import facts
 from service.storage.keys import Guesses
+from service.storage.storage import Storage
+from service.videos.decoders import Decoders
 
 DESCRIPTION = """Text-to-video retrieval for many collections: one frozen CLIP, one small adapter per collection."""
 
 
-def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
-    """An application over a data folder; the backbone is loaded when it starts. It closes a `runtime` that is handed in."""
+def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
+    """An application over a data folder; the backbone is loaded when it starts. It closes an `encoder` that is handed in."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        own = runtime or Runtime(settings)
-        await to_thread.run_sync(own.prepare)
-        with own.database.read() as connection:
+        own = encoder or Encoder(Storage(settings))
+        storage, decoders = own.storage, Decoders(settings)
+        await to_thread.run_sync(storage.prepare)
+        with storage.database.read() as connection:
             secret = facts.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
-        app.state.house = House(own, Searcher(own), jobs, secret, Guesses(settings.wrong_keys))
-        app.state.metrics.registry.register(HouseCollector(own, app.state.house.searcher))
+        searcher, guesses = Searcher(storage, own), Guesses(settings.wrong_keys)
+        app.state.services = Services(storage, own, decoders, searcher, jobs, secret, guesses)
+        app.state.metrics.registry.register(Inside(own, searcher))
         yield
         jobs.close()
-        app.state.house.searcher.close()
+        searcher.close()
         own.close()
+        decoders.close()
+        storage.close()
 
     app = FastAPIOffline(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
     app.state.metrics = Metrics()

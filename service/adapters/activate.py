@@ -14,12 +14,14 @@ from functools import partial
 
 from indexer.frames import DamagedFrames
 from service.adapters import adapter_rows
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
 from service.storage import collection_rows, generation_rows, segment_rows
 from service.storage.blobs import BlobMissing
 from service.storage.generation_rows import Generation
 from service.storage.rows import NotFound
+from service.storage.storage import Storage
 from service.videos import index, video_rows
+from service.videos.decoders import Decoders
 
 CHUNK = 8  # videos that are stored in one transaction
 READERS = 4  # videos of a chunk whose frames are read at once: the batcher mixes them
@@ -42,7 +44,9 @@ class Activation:
 
 
 def activate(
-    runtime: Runtime,
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
     tenant: str,
     collection_id: str,
     adapter_id: str | None,
@@ -57,11 +61,11 @@ def activate(
     collection or adapter is gone. However it ends, no generation is left building for it; a crash leaves one, for the next
     start of the task to go on with, or for `generation_rows.retire_abandoned`.
     """
-    spread = spread or partial(_spread, runtime, tenant)
+    spread = spread or partial(_spread, storage, encoder, decoders, tenant)
     embedded = 0
     try:
         while True:
-            generation, missing = _round(runtime, tenant, collection_id, adapter_id, asked)
+            generation, missing = _round(storage, encoder, tenant, collection_id, adapter_id, asked)
             if not missing:
                 return Activation(generation, embedded)
             before, total = embedded, embedded + len(missing)
@@ -74,19 +78,21 @@ def activate(
             spread(generation, chunks, tell)
             embedded = total
     except BaseException:
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             for generation in generation_rows.generations_of(connection, tenant, collection_id):
                 if generation.adapter_id == adapter_id and generation.state == "building":
                     generation_rows.set_generation_state(connection, tenant, generation.id, "retired")
         raise
 
 
-def fill_chunk(runtime: Runtime, tenant: str, generation_id: str, video_ids: Sequence[str]) -> list[str]:
+def fill_chunk(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, generation_id: str, video_ids: Sequence[str]
+) -> list[str]:
     """Embeds these videos for a generation, from cached frames, and returns the ids that cannot be embedded: they fail.
 
     What is held already, or gone, is passed over: it may be run again.
     """
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         try:
             generation = generation_rows.generation(connection, tenant, generation_id)
             maker = generation_rows.generation(connection, tenant, generation.vector_set)
@@ -96,7 +102,7 @@ def fill_chunk(runtime: Runtime, tenant: str, generation_id: str, video_ids: Seq
         lacking = [v for v in videos.values() if not segment_rows.has_vectors(connection, tenant, v.id, maker.id)]
     rows, broken = [], {}
     with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
-        reading = [(video, pool.submit(index.embedded_segments, runtime, video, maker)) for video in lacking]
+        reading = [(video, pool.submit(index.embedded_segments, storage, encoder, decoders, video, maker)) for video in lacking]
         try:
             for video, future in reading:
                 try:
@@ -105,19 +111,19 @@ def fill_chunk(runtime: Runtime, tenant: str, generation_id: str, video_ids: Seq
                     broken[video.id] = str(error)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    index.store_vectors(runtime, tenant, generation.collection_id, maker, rows)
-    return [video for video, why in broken.items() if index.fail_video(runtime, tenant, video, "frames_damaged", why)]
+    index.store_vectors(storage, tenant, generation.collection_id, maker, rows)
+    return [video for video, why in broken.items() if index.fail_video(storage, tenant, video, "frames_damaged", why)]
 
 
 def _round(
-    runtime: Runtime, tenant: str, collection_id: str, adapter_id: str | None, asked: str | None
+    storage: Storage, encoder: Encoder, tenant: str, collection_id: str, adapter_id: str | None, asked: str | None
 ) -> tuple[Generation, list[str]]:
     """The generation of an adapter (None: zero-shot) and the ready videos that it lacks; with none lacking it is active now.
 
     A text-only adapter leaves the video tower as it is: its generation searches the vectors of the zero-shot one.
     """
-    backbone = runtime.backbone.fingerprint
-    with runtime.database.write() as connection:
+    backbone = encoder.backbone.fingerprint
+    with storage.database.write() as connection:
         if collection_rows.lock_collection(connection, tenant, collection_id) is None:
             raise NotFound("collection", collection_id)
         scope = None
@@ -145,12 +151,23 @@ def _round(
         return generation_rows.generation(connection, tenant, generation.id), missing
 
 
-def _spread(runtime: Runtime, tenant: str, generation: Generation, chunks: Sequence[Sequence[str]], progress: Progress) -> None:
+def _spread(
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    generation: Generation,
+    chunks: Sequence[Sequence[str]],
+    progress: Progress,
+) -> None:
     """In this process, on a few threads."""
     done, total = 0, sum(len(chunk) for chunk in chunks)
     with ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunks") as pool:
         try:
-            running = {pool.submit(fill_chunk, runtime, tenant, generation.id, chunk): len(chunk) for chunk in chunks}
+            running = {
+                pool.submit(fill_chunk, storage, encoder, decoders, tenant, generation.id, chunk): len(chunk)
+                for chunk in chunks
+            }
             for future in as_completed(running):
                 future.result()
                 done += running[future]

@@ -28,18 +28,22 @@ from service.adapters import activate as generations
 from service.adapters import adapter_rows
 from service.adapters.activate import Spread, Superseded
 from service.adapters.adapter_rows import AdapterVersion
+from service.adapters.encoder import Encoder
 from service.jobs import task_rows
 from service.jobs.supervisor import without_root_key
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.storage import collection_rows, generation_rows, rows, segment_rows
 from service.storage.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
+from service.storage.storage import Storage
 from service.storage.tables import now
 from service.videos import video_rows
+from service.videos.decoders import Decoders
 from training.dataset import Pair
 from training.evaluation import Evaluation
 from training.recipe import InvalidRecipe, Recipe
 from training.trainer import EVIDENCE, MINIMUM_QUERIES
+
+Trainers = set[subprocess.Popen[str]]  # training processes that are children of this one
 
 log = structlog.get_logger()
 
@@ -83,13 +87,13 @@ def check_captions(connection: Any, tenant: str, collection_id: str) -> None:
         raise TooFewCaptions(f"an adapter needs at least {MINIMUM_VIDEOS} ready videos with captions, there are {videos}")
 
 
-def check_recipe(runtime: Runtime, values: Mapping[str, Any]) -> Recipe:
+def check_recipe(storage: Storage, encoder: Encoder, values: Mapping[str, Any]) -> Recipe:
     """A recipe from outside, within this service's limits. Raises InvalidRecipe."""
     recipe = Recipe.of(values)
     if recipe.method == "full":
         raise InvalidRecipe("recipe.method must be adapter: a collection has no backbone of its own (python -m training has)")
-    recipe.shape(runtime.backbone.dims)
-    settings, epochs = runtime.settings, runtime.settings.training_epochs
+    recipe.shape(encoder.backbone.dims)
+    settings, epochs = storage.settings, storage.settings.training_epochs
     steps, batch = settings.training_steps, settings.training_batch
     recipe.check_limits(
         {"rank": settings.largest_rank, "steps": steps, "minimum_steps": steps, "epochs": epochs, "batch_size": batch}
@@ -98,7 +102,10 @@ def check_recipe(runtime: Runtime, values: Mapping[str, Any]) -> Recipe:
 
 
 def train_adapter(
-    runtime: Runtime,
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    trainers: Trainers,
     tenant: str,
     task: Task,
     progress: Callable[[float, str], None],
@@ -112,8 +119,8 @@ def train_adapter(
     After a turn's time, where another tenant's training is `waited_for`, raises TurnOver.
     """
     collection_id = str(task.collection_id)
-    made = task.result or _trained(runtime, tenant, task, progress, waited_for)
-    with runtime.database.read() as connection:
+    made = task.result or _trained(storage, encoder, trainers, tenant, task, progress, waited_for)
+    with storage.database.read() as connection:
         version = adapter_rows.adapter(connection, tenant, collection_id, made["adapter_id"])
         known = generation_rows.generations_of(connection, tenant, collection_id)
     metrics = version.manifest["metrics"]
@@ -134,34 +141,40 @@ def train_adapter(
     def tell(share: float, message: str) -> None:
         progress(TRAINING + BUILDING * share, message)
 
-    done = activate(runtime, tenant, collection_id, version.id, tell, spread, asked=made["trained_at"])
+    done = activate(storage, encoder, decoders, tenant, collection_id, version.id, tell, spread, asked=made["trained_at"])
     return {**result, "reason": reason, **done}
 
 
 def _trained(
-    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], waited_for: Callable[[], bool]
+    storage: Storage,
+    encoder: Encoder,
+    trainers: Trainers,
+    tenant: str,
+    task: Task,
+    progress: Callable[[float, str], None],
+    waited_for: Callable[[], bool],
 ) -> dict[str, Any]:
     """Trains and publishes; notes in the task's row what came of it, which names the version from then on."""
     collection_id = str(task.collection_id)
-    out = _folder(runtime, task)
+    out = _folder(storage, task)
     if not (out / "manifest.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        _train(runtime, tenant, collection_id, task.request["recipe"], out, progress, waited_for)
-    version = publish(runtime, tenant, collection_id, *adapters_store.read(out))
+        _train(storage, encoder, trainers, tenant, collection_id, task.request["recipe"], out, progress, waited_for)
+    version = publish(storage, encoder, tenant, collection_id, *adapters_store.read(out))
     made = {"adapter_id": version.id, "trained_at": now()}
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         task_rows.set_task(connection, tenant, task.id, result=made)
-    discard(runtime, task)
+    discard(storage, task)
     return made
 
 
-def discard(runtime: Runtime, task: Task) -> None:
+def discard(storage: Storage, task: Task) -> None:
     """Removes what a training has left in the scratch folder, the checkpoint that it would go on from too."""
-    shutil.rmtree(_folder(runtime, task), ignore_errors=True)
+    shutil.rmtree(_folder(storage, task), ignore_errors=True)
 
 
-def _folder(runtime: Runtime, task: Task) -> Path:
-    return runtime.settings.scratch / f"train-{task.id}"
+def _folder(storage: Storage, task: Task) -> Path:
+    return storage.settings.scratch / f"train-{task.id}"
 
 
 def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
@@ -184,16 +197,26 @@ def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
 
 
 def activate_adapter(
-    runtime: Runtime, tenant: str, task: Task, progress: Callable[[float, str], None], spread: Spread | None = None
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    task: Task,
+    progress: Callable[[float, str], None],
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Activates an adapter, or the frozen backbone, as a task asks; returns its result."""
     adapter = task.request["adapter_id"]
-    done = activate(runtime, tenant, str(task.collection_id), adapter, progress, spread, asked=task.created_at)
+    done = activate(
+        storage, encoder, decoders, tenant, str(task.collection_id), adapter, progress, spread, asked=task.created_at
+    )
     return {"adapter_id": adapter, **done}
 
 
 def activate(
-    runtime: Runtime,
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
     tenant: str,
     collection_id: str,
     adapter_id: str | None,
@@ -207,38 +230,38 @@ def activate(
         progress(done / total, f"embedding the missing videos: {done} of {total}")
 
     try:
-        active = generations.activate(runtime, tenant, collection_id, adapter_id, tell, spread, asked)
+        active = generations.activate(storage, encoder, decoders, tenant, collection_id, adapter_id, tell, spread, asked)
     except Superseded as error:
         return {"activated": False, "reason": str(error)}
     return {"activated": True, "generation_id": active.generation.id, "embedded": active.embedded}
 
 
 def publish(
-    runtime: Runtime, tenant: str, collection_id: str, data: bytes, manifest: adapters_store.Manifest
+    storage: Storage, encoder: Encoder, tenant: str, collection_id: str, data: bytes, manifest: adapters_store.Manifest
 ) -> AdapterVersion:
     """Stores an adapter as the collection's next version. Raises as `check_adapter` does."""
-    check_adapter(runtime, data)
-    with runtime.database.write() as connection:
+    check_adapter(storage, encoder, data)
+    with storage.database.write() as connection:
         if collection_rows.lock_collection(connection, tenant, collection_id) is None:
             raise rows.NotFound("collection", collection_id)
-        runtime.blobs.put(adapter_key(collection_id, manifest.digest), data)  # under the lock: a purge of the same bytes waits
+        storage.blobs.put(adapter_key(collection_id, manifest.digest), data)  # under the lock: a purge of the same bytes waits
         return adapter_rows.add_adapter(connection, tenant, collection_id, manifest.to_json())
 
 
-def check_adapter(runtime: Runtime, data: bytes) -> adapters_store.Artifact:
+def check_adapter(storage: Storage, encoder: Encoder, data: bytes) -> adapters_store.Artifact:
     """An adapter file that may be published: for this backbone, of a rank that is taken, with answers that are finite.
 
     It is tried on a text and a frame the way that searches use it, in the device's precision. Raises InvalidAdapter,
     AdapterMismatch, LeaseTimeout.
     """
-    artifact = adapters_store.unpack(data, runtime.fit)
-    backbone, seconds = runtime.backbone, runtime.settings.search_seconds
+    artifact = adapters_store.unpack(data, encoder.fit)
+    backbone, seconds = encoder.backbone, storage.settings.search_seconds
     side = backbone.image_size
     frame = (np.arange(3 * side * side, dtype=np.int64) % 251).astype(np.uint8).reshape(1, 3, side, side)
-    with runtime.residency.lease(artifact.digest, lambda: data, seconds) as lease:
+    with encoder.residency.lease(artifact.digest, lambda: data, seconds) as lease:
         tried = [
-            runtime.texts.submit((backbone.tokenize(["a video"]).ids[0], lease)).result(seconds),
-            runtime.frames.submit((frame, lease)).result(seconds),
+            encoder.texts.submit((backbone.tokenize(["a video"]).ids[0], lease)).result(seconds),
+            encoder.frames.submit((frame, lease)).result(seconds),
         ]
     if not all(np.isfinite(vectors).all() for vectors in tried):
         raise adapters_store.InvalidAdapter("the adapter's weights are too large: its answers are not finite numbers")
@@ -254,12 +277,12 @@ class Assessment:
     thumbnail: Callable[[int], bytes | None]
 
 
-def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) -> Assessment:
+def evaluate(storage: Storage, encoder: Encoder, tenant: str, collection_name: str, split: str) -> Assessment:
     """Recall of the collection's captions over its stored vectors, with the adapter in use: what its searches see.
 
     `split`: `validation`, the videos that the adapter in use was not trained on, or `all`. Raises TooFewCaptions.
     """
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         collection, generation = collection_rows.active_generation(connection, tenant, collection_name)
         held_out: set[str] | None = None
         if split == "validation" and generation.adapter_id is not None:
@@ -273,28 +296,30 @@ def evaluate(runtime: Runtime, tenant: str, collection_name: str, split: str) ->
     if len(gallery) < 2:
         raise TooFewCaptions(f"an evaluation needs at least 2 captioned videos, there are {len(gallery)}")
     texts = [(column, caption.text) for column, video in enumerate(gallery) for caption in captions[video]]
-    tokens = runtime.backbone.tokenize([text for _, text in texts]).ids
-    with runtime.lease(generation) as lease:
-        parts = tokens.split(runtime.settings.batch_texts)
-        queries = [f.result() for part in parts for f in [runtime.texts.submit((row, lease), group=tenant) for row in part]]
+    tokens = encoder.backbone.tokenize([text for _, text in texts]).ids
+    with encoder.lease(generation) as lease:
+        parts = tokens.split(storage.settings.batch_texts)
+        queries = [f.result() for part in parts for f in [encoder.texts.submit((row, lease), group=tenant) for row in part]]
     frames = [segment for video in gallery for segment in vectors[video]]
     owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
     scores = np.stack([rescore(query, frames) for query in queries])  # (captions, segments)
     similarity = np.stack([scores[:, owners == i].max(axis=1) for i in range(len(gallery))], axis=1)  # best segment counts
     pairs = [Pair(column, text, gallery[column]) for column, text in texts]
     found = Evaluation.of(similarity, [pair.clip for pair in pairs], [pair.video for pair in pairs])
-    return Assessment(found, pairs, lambda clip: _thumbnail(runtime, collection.id, gallery[clip]))
+    return Assessment(found, pairs, lambda clip: _thumbnail(storage, collection.id, gallery[clip]))
 
 
-def _thumbnail(runtime: Runtime, collection_id: str, video_id: str) -> bytes | None:
+def _thumbnail(storage: Storage, collection_id: str, video_id: str) -> bytes | None:
     try:
-        return runtime.blobs.get(thumbnail_key(collection_id, video_id, 0))
+        return storage.blobs.get(thumbnail_key(collection_id, video_id, 0))
     except BlobMissing:
         return None
 
 
 def _train(
-    runtime: Runtime,
+    storage: Storage,
+    encoder: Encoder,
+    trainers: Trainers,
     tenant: str,
     collection_id: str,
     recipe: Mapping[str, Any],
@@ -302,17 +327,17 @@ def _train(
     progress: Callable[[float, str], None],
     waited_for: Callable[[], bool],
 ) -> None:
-    limit, turn = runtime.settings.training_seconds, runtime.settings.training_turn_seconds
-    check_recipe(runtime, recipe)
+    limit, turn = storage.settings.training_seconds, storage.settings.training_turn_seconds
+    check_recipe(storage, encoder, recipe)
     with ExitStack() as stack:
-        dataset = _write_dataset(runtime, tenant, collection_id, out / "dataset.jsonl")
+        dataset = _write_dataset(storage, tenant, collection_id, out / "dataset.jsonl")
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
-        command += ["--backbone", runtime.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(runtime.device)]
+        command += ["--backbone", encoder.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(encoder.device)]
         command += ["--seconds", str(limit)]
-        if (rival := _in_use(runtime, tenant, collection_id, stack)) is not None:
+        if (rival := _in_use(storage, tenant, collection_id, stack)) is not None:
             command += ["--rival", str(rival)]
-        if runtime.choice.pretrained is not None:
-            command += ["--pretrained", runtime.choice.pretrained]
+        if encoder.choice.pretrained is not None:
+            command += ["--pretrained", encoder.choice.pretrained]
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -321,8 +346,8 @@ def _train(
             text=True,
             env=without_root_key(os.environ),
         )
-        stack.callback(_end, runtime, child)
-        runtime.trainers.add(child)
+        stack.callback(_end, trainers, child)
+        trainers.add(child)
         killed = _killed_for_memory()
         _first_to_be_killed(child)
         last_words: deque[str] = deque(maxlen=20)
@@ -376,17 +401,17 @@ def _failure(code: str, detail: str) -> TrainingFailed:
     return TrainingFailed(code, detail[:500])
 
 
-def _in_use(runtime: Runtime, tenant: str, collection_id: str, stack: ExitStack) -> Path | None:
+def _in_use(storage: Storage, tenant: str, collection_id: str, stack: ExitStack) -> Path | None:
     """The file of the collection's active adapter, local while `stack` is open; None for the frozen backbone."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         known = generation_rows.generations_of(connection, tenant, collection_id)
     digest = next((g.digest for g in known if g.state == "active"), None)
-    return None if digest is None else stack.enter_context(runtime.blobs.local(adapter_key(collection_id, digest)))
+    return None if digest is None else stack.enter_context(storage.blobs.local(adapter_key(collection_id, digest)))
 
 
-def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path) -> Path:
+def _write_dataset(storage: Storage, tenant: str, collection_id: str, path: Path) -> Path:
     """The collection's ready, captioned videos as `training.dataset` reads them, their frames beside the file."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         check_captions(connection, tenant, collection_id)
         videos = video_rows.videos_of(connection, tenant, collection_id, "ready")
         captions = video_rows.captions_of(connection, tenant, [video.id for video in videos])
@@ -395,7 +420,7 @@ def _write_dataset(runtime: Runtime, tenant: str, collection_id: str, path: Path
             if captions[video.id]:
                 frames = path.with_name(f"{video.id}.zip")
                 try:
-                    with runtime.blobs.local(frames_key(collection_id, video.id)) as blob:
+                    with storage.blobs.local(frames_key(collection_id, video.id)) as blob:
                         frames.unlink(missing_ok=True)
                         os.link(blob, frames)  # a video that is deleted from now on does not break the training
                 except (BlobMissing, FileNotFoundError):  # deleted just now
@@ -445,7 +470,7 @@ def _killed_for_memory() -> int:
     return 0
 
 
-def _end(runtime: Runtime, child: subprocess.Popen[str]) -> None:
+def _end(trainers: Trainers, child: subprocess.Popen[str]) -> None:
     if child.poll() is None:
         child.terminate()
         try:
@@ -453,4 +478,4 @@ def _end(runtime: Runtime, child: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    runtime.trainers.discard(child)
+    trainers.discard(child)

@@ -23,7 +23,7 @@ def create_tenant(name: Name, data: Data = None, as_json: AsJson = False) -> Non
     from service.cli import local
     from service.storage import tenant_rows
 
-    with local.opened(settings_from(data), new=True) as runtime, runtime.database.write() as connection:
+    with local.opened(settings_from(data), new=True) as parts, parts.storage.database.write() as connection:
         tenant = tenant_rows.create_tenant(connection, name, {})
     line = f"tenant {name} is made; a key for it: polyclip keys create --tenant {name}"
     _tell(as_json, {"id": tenant.id, "name": tenant.name}, line)
@@ -36,7 +36,7 @@ def list_tenants(data: Data = None, as_json: AsJson = False) -> None:
     from service.storage import tenant_rows
 
     rows = []
-    with local.opened(settings_from(data)) as runtime, runtime.database.read() as connection:
+    with local.opened(settings_from(data)) as parts, parts.storage.database.read() as connection:
         after = None
         while True:
             page = tenant_rows.list_tenants(connection, 50, after)
@@ -59,7 +59,7 @@ def delete_tenant(
 
     if not yes:
         typer.confirm(f"delete the tenant {name} with all its collections and videos?", abort=True)
-    with local.opened(settings_from(data)) as runtime, runtime.database.write() as connection:
+    with local.opened(settings_from(data)) as parts, parts.storage.database.write() as connection:
         delete.delete_tenant(connection, tenant_rows.tenant_named(connection, name).id)
     out.print(f"tenant {name} is deleted; its files follow as soon as a worker runs", markup=False)
 
@@ -79,7 +79,7 @@ def create_key(
     from service.storage import tenant_rows
     from service.storage.keys import issue
 
-    with local.opened(settings_from(data)) as runtime, runtime.database.write() as connection:
+    with local.opened(settings_from(data)) as parts, parts.storage.database.write() as connection:
         owner = tenant_rows.tenant_named(connection, tenant)
         record, key = issue(connection, owner.id, role, None if expires is None else expires.replace(tzinfo=UTC))
     _tell(as_json, {"id": record.id, "role": record.role, "expires_at": record.expires_at, "key": key}, key)
@@ -91,7 +91,7 @@ def list_keys(tenant: TenantName = "default", data: Data = None, as_json: AsJson
     from service.cli import local
     from service.storage import tenant_rows
 
-    with local.opened(settings_from(data)) as runtime, runtime.database.read() as connection:
+    with local.opened(settings_from(data)) as parts, parts.storage.database.read() as connection:
         found = tenant_rows.keys(connection, tenant_rows.tenant_named(connection, tenant).id)
     columns = ("id", "role", "created_at", "expires_at", "last_used_at", "revoked_at")
     _table(as_json, [{name: getattr(key, name) for name in columns} for key in found], columns)
@@ -107,7 +107,7 @@ def revoke_key(
     from service.cli import local
     from service.storage import tenant_rows
 
-    with local.opened(settings_from(data)) as runtime, runtime.database.write() as connection:
+    with local.opened(settings_from(data)) as parts, parts.storage.database.write() as connection:
         tenant_rows.revoke_key(connection, tenant_rows.tenant_named(connection, tenant).id, key_id)
     out.print(f"key {key_id} is revoked", markup=False)
 

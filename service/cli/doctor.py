@@ -89,12 +89,12 @@ def _folder(settings: Settings) -> str:
 
 
 def _database(settings: Settings) -> str:
-    from service.runtime import Runtime
+    from service.storage.storage import Storage
 
-    runtime = Runtime(settings)
-    runtime.prepare()
-    runtime.close()
-    return runtime.database.engine.url.render_as_string(hide_password=True)
+    storage = Storage(settings)
+    storage.prepare()
+    storage.close()
+    return storage.database.engine.url.render_as_string(hide_password=True)
 
 
 def _blobs(settings: Settings) -> str:
@@ -134,11 +134,12 @@ def _decoders(settings: Settings) -> str:
 
 
 def _backbone(settings: Settings) -> str:
-    from service.runtime import Runtime
+    from service.adapters.encoder import Encoder
+    from service.storage.storage import Storage
 
-    runtime = Runtime(settings)
+    storage = Storage(settings)
     try:
-        backbone = runtime.backbone
+        backbone = Encoder(storage).backbone
         return f"{backbone.name}, {backbone.parameters / 1e6:.1f} M parameters, fingerprint {backbone.fingerprint[:12]}"
     finally:
-        runtime.close()
+        storage.close()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -25,6 +26,7 @@ from indexer.formats import VIDEO_SUFFIXES
 from indexer.sandbox import Check
 from service.adapters import adapter_rows, train
 from service.adapters.adapter_rows import AdapterVersion
+from service.adapters.encoder import Encoder
 from service.cli import files
 from service.http.schemas import MAX_CAPTIONS
 from service.http.uploads import InvalidUpload, label, parse_json
@@ -32,16 +34,17 @@ from service.http.videos import parse_captions, renew
 from service.jobs import task_rows
 from service.jobs.queue import sign_of_life
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.search.query import Found, Searcher
 from service.settings import Settings
 from service.storage import collection_rows, generation_rows, tenant_rows
 from service.storage.blobs import adapter_key, video_key
 from service.storage.collection_rows import Collection
 from service.storage.rows import NotFound
+from service.storage.storage import Storage
 from service.storage.tables import new_id, now
 from service.storage.tenant_rows import Tenant
 from service.videos import index, video_rows
+from service.videos.decoders import Decoders
 from service.videos.video_rows import Caption, Video
 from training.source import Source
 
@@ -58,17 +61,33 @@ class _Stopped(Exception):
     """Indexing is to end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a command works with in its own process."""
+
+    storage: Storage
+    encoder: Encoder
+    decoders: Decoders
+
+    @classmethod
+    def over(cls, settings: Settings, decoder: Decoder = "pyav") -> Parts:
+        storage = Storage(settings)
+        storage.prepare()
+        return cls(storage, Encoder(storage), Decoders(settings, decoder))
+
+    def close(self) -> None:
+        self.encoder.close()
+        self.decoders.close()
+        self.storage.close()
+
+
 @contextmanager
-def opened(settings: Settings, decoder: Decoder = "pyav", new: bool = False) -> Iterator[Runtime]:
-    """The runtime of a data folder, which is made only for a command that says `new`. Raises NoDataFolder."""
+def opened(settings: Settings, decoder: Decoder = "pyav", new: bool = False) -> Iterator[Parts]:
+    """The parts over a data folder, which is made only for a command that says `new`. Raises NoDataFolder."""
     if not (new or settings.has_data):
         raise NoDataFolder(f"there is no data folder at {settings.data}: `polyclip index` or `polyclip serve` makes one")
-    runtime = Runtime(settings, decoder)
-    try:
-        runtime.prepare()
-        yield runtime
-    finally:
-        runtime.close()
+    with closing(Parts.over(settings, decoder)) as parts:
+        yield parts
 
 
 def index_files(
@@ -90,14 +109,14 @@ def index_files(
     captions = _by_file(captions_file, read_captions(captions_file), found) if captions_file is not None else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        opened(settings, settings.decoder, new=True) as runtime,
+        opened(settings, settings.decoder, new=True) as parts,
         Progress(*columns, console=console, disable=console is None) as progress,
         ThreadPoolExecutor(settings.decoders + 2) as pool,
     ):
-        caution = runtime.choice.caution
+        caution = parts.encoder.choice.caution
         if caution is not None and console is not None:
             console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
-        tenant, collection = _tenant_and_collection(runtime, tenant_name, collection_name)
+        tenant, collection = _tenant_and_collection(parts.storage, parts.encoder, tenant_name, collection_name)
         bar = progress.add_task("indexing", total=len(files))
         duplicates, failed, ready, updated = 0, [], 0, 0
         stopping = threading.Event()
@@ -108,10 +127,10 @@ def index_files(
 
         def work(file: Path) -> tuple[Video, bool, bool]:
             check()
-            video, fresh, renewed = _add_file(runtime, tenant, collection, file, captions.get(file, []), check)
+            video, fresh, renewed = _add_file(parts.storage, tenant, collection, file, captions.get(file, []), check)
             if video.status in video_rows.IN_PROGRESS:
-                index.index_video(runtime, tenant.id, video.id, check)
-            with runtime.database.read() as connection:
+                index.index_video(parts.storage, parts.encoder, parts.decoders, tenant.id, video.id, check)
+            with parts.storage.database.read() as connection:
                 return video_rows.video(connection, tenant.id, video.id), fresh, renewed
 
         try:
@@ -202,10 +221,10 @@ def _label(file: Path) -> str:
 
 
 def search_collection(settings: Settings, tenant_name: str, collection: str, text: str, limit: int) -> Found:
-    with opened(settings) as runtime:
-        with runtime.database.read() as connection:
+    with opened(settings) as parts:
+        with parts.storage.database.read() as connection:
             tenant = tenant_rows.tenant_named(connection, tenant_name)
-        with closing(Searcher(runtime)) as searcher:
+        with closing(Searcher(parts.storage, parts.encoder)) as searcher:
             return searcher.search(tenant.id, collection, text, wanted=limit)
 
 
@@ -220,12 +239,12 @@ def train_collection(
     """`learning.train_adapter` in this process; the record of its task is kept like any other."""
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with (
-        opened(settings) as runtime,
+        opened(settings) as parts,
         Progress(*columns, console=console, disable=console is None) as progress,
         ExitStack() as stack,
     ):
-        tenant, collection = existing(runtime, tenant_name, collection_name)
-        with runtime.database.write() as connection:
+        tenant, collection = existing(parts.storage, tenant_name, collection_name)
+        with parts.storage.database.write() as connection:
             train.check_captions(connection, tenant.id, collection.id)
             request = {"recipe": recipe, "activate": activate, "offline": True}
             task = task_rows.add_task(connection, tenant.id, collection.id, "train_adapter", request)
@@ -234,36 +253,42 @@ def train_collection(
         bar = progress.add_task("", total=1.0)
         try:
             result = train.train_adapter(
-                runtime, tenant.id, task, lambda share, note: progress.update(bar, completed=share, description=note)
+                parts.storage,
+                parts.encoder,
+                parts.decoders,
+                set(),
+                tenant.id,
+                task,
+                lambda share, note: progress.update(bar, completed=share, description=note),
             )
         except BaseException as error:
-            _end(runtime, task, "failed", error={"code": getattr(error, "code", "interrupted"), "detail": str(error)})
-            train.discard(runtime, task)
+            _end(parts.storage, task, "failed", error={"code": getattr(error, "code", "interrupted"), "detail": str(error)})
+            train.discard(parts.storage, task)
             raise
-        _end(runtime, task, "succeeded", result=result)
+        _end(parts.storage, task, "succeeded", result=result)
         return result
 
 
-def _end(runtime: Runtime, task: Task, status: str, **values: Any) -> None:
-    with runtime.database.write() as connection:
+def _end(storage: Storage, task: Task, status: str, **values: Any) -> None:
+    with storage.database.write() as connection:
         task_rows.end_task(connection, task.tenant_id, task.id, status, **values)
-    sign_of_life(runtime.settings, task.id).unlink(missing_ok=True)
+    sign_of_life(storage.settings, task.id).unlink(missing_ok=True)
 
 
 def evaluate_collection(
     settings: Settings, tenant_name: str, collection_name: str, split: str, report: Path | None
 ) -> dict[str, dict[str, Any]]:
     """Metrics of the collection's own captions by what encodes them; `report`: an HTML file, and JSON beside it."""
-    with opened(settings) as runtime:
-        tenant, collection = existing(runtime, tenant_name, collection_name)
-        with runtime.database.read() as connection:
+    with opened(settings) as parts:
+        tenant, collection = existing(parts.storage, tenant_name, collection_name)
+        with parts.storage.database.read() as connection:
             digest = generation_rows.generation(connection, tenant.id, collection.active_generation_id).digest
         system = f"adapter {digest[:12]}" if digest else "frozen backbone"
-        assessed = train.evaluate(runtime, tenant.id, collection.name, split)
+        assessed = train.evaluate(parts.storage, parts.encoder, tenant.id, collection.name, split)
         if report is not None:
             from training.report import write_json, write_report
 
-            facts = {"backbone": runtime.backbone.name, "collection": f"{tenant.name}/{collection.name}", "split": split}
+            facts = {"backbone": parts.encoder.backbone.name, "collection": f"{tenant.name}/{collection.name}", "split": split}
             told: dict[str, Any] = {"title": "Evaluation", "facts": facts, "results": {system: assessed.found}}
             write_report(report, pairs=assessed.pairs, thumbnails=assessed.thumbnail, **told)
             write_json(report.with_suffix(".json"), **told)
@@ -300,9 +325,9 @@ def evaluate_data_set(
 def adapter_versions(
     settings: Settings, tenant_name: str, collection_name: str, manifests: bool = False
 ) -> list[dict[str, Any]]:
-    with opened(settings) as runtime:
-        tenant, collection = existing(runtime, tenant_name, collection_name)
-        with runtime.database.read() as connection:
+    with opened(settings) as parts:
+        tenant, collection = existing(parts.storage, tenant_name, collection_name)
+        with parts.storage.database.read() as connection:
             versions: list[AdapterVersion] = []
             after: str | None = None
             while page := adapter_rows.list_adapters(connection, tenant.id, collection.id, 50, after):
@@ -336,11 +361,11 @@ def export_adapter(
     dtype: str | None = None,
 ) -> int:
     """Writes an adapter's file, or with `official` the checkpoint that the paper's code loads; returns the bytes written."""
-    with opened(settings) as runtime, files.written(to) as write:
-        tenant, collection = existing(runtime, tenant_name, collection_name)
-        with runtime.database.read() as connection:
+    with opened(settings) as parts, files.written(to) as write:
+        tenant, collection = existing(parts.storage, tenant_name, collection_name)
+        with parts.storage.database.read() as connection:
             version = adapter_rows.adapter(connection, tenant.id, collection.id, adapter_id)
-        data = runtime.blobs.get(adapter_key(collection.id, version.digest))
+        data = parts.storage.blobs.get(adapter_key(collection.id, version.digest))
         return write(files.to_checkpoint(data, to, dtype) if official else data)
 
 
@@ -349,11 +374,11 @@ def import_adapter(
 ) -> AdapterVersion:
     """Publishes an adapter file, or with `official` a checkpoint of the paper's code, as the collection's next version."""
     recipe = {"imported": file.name, **({"layout": "official"} if official else {})}
-    with opened(settings) as runtime:
-        tenant, collection = existing(runtime, tenant_name, collection_name)
-        data = files.from_checkpoint(file, lambda: runtime.backbone) if official else file.read_bytes()
+    with opened(settings) as parts:
+        tenant, collection = existing(parts.storage, tenant_name, collection_name)
+        data = files.from_checkpoint(file, lambda: parts.encoder.backbone) if official else file.read_bytes()
         manifest = adapters_store.describe(data, created_at=now(), recipe=recipe)
-        return train.publish(runtime, tenant.id, collection.id, data, manifest)
+        return train.publish(parts.storage, parts.encoder, tenant.id, collection.id, data, manifest)
 
 
 def _videos_under(path: Path) -> list[Path]:
@@ -367,25 +392,27 @@ def _videos_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in VIDEO_SUFFIXES)
 
 
-def existing(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
-    with runtime.database.read() as connection:
+def existing(storage: Storage, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
+    with storage.database.read() as connection:
         tenant = tenant_rows.tenant_named(connection, tenant_name)
         return tenant, collection_rows.collection_named(connection, tenant.id, collection_name)
 
 
-def made_tenant(runtime: Runtime, name: str) -> Tenant:
+def made_tenant(storage: Storage, name: str) -> Tenant:
     """The tenant, made where it is missing."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         try:
             return tenant_rows.tenant_named(connection, name)
         except NotFound:
             return tenant_rows.create_tenant(connection, name, {})
 
 
-def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: str) -> tuple[Tenant, Collection]:
-    fingerprint = runtime.backbone.fingerprint
-    tenant = made_tenant(runtime, tenant_name)
-    with runtime.database.write() as connection:
+def _tenant_and_collection(
+    storage: Storage, encoder: Encoder, tenant_name: str, collection_name: str
+) -> tuple[Tenant, Collection]:
+    fingerprint = encoder.backbone.fingerprint
+    tenant = made_tenant(storage, tenant_name)
+    with storage.database.write() as connection:
         try:
             collection = collection_rows.collection_named(connection, tenant.id, collection_name)
         except NotFound:
@@ -394,7 +421,7 @@ def _tenant_and_collection(runtime: Runtime, tenant_name: str, collection_name: 
 
 
 def _add_file(
-    runtime: Runtime, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption], check: Check
+    storage: Storage, tenant: Tenant, collection: Collection, file: Path, captions: list[Caption], check: Check
 ) -> tuple[Video, bool, bool]:
     """The record of a file, whether it is new or was left half-way, and whether a video that was there has got new captions.
 
@@ -405,24 +432,24 @@ def _add_file(
     for piece in _pieces(file, check):
         digest.update(piece)
     sha256 = digest.hexdigest()
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         twin = video_rows.twin(connection, tenant.id, collection.id, sha256)
     if twin is not None:
-        if not runtime.blobs.exists(video_key(collection.id, twin.id)):
-            index.restore_file(runtime, twin, _copied(runtime, file, check))
+        if not storage.blobs.exists(video_key(collection.id, twin.id)):
+            index.restore_file(storage, twin, _copied(storage, file, check))
         if not captions:
             return twin, twin.status in video_rows.IN_PROGRESS, False
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             return twin, twin.status in video_rows.IN_PROGRESS, _renewed(connection, twin, file, captions)
-    runtime.blobs.put_file(video_key(collection.id, video_id), _copied(runtime, file, check))
-    with runtime.database.write() as connection:
+    storage.blobs.put_file(video_key(collection.id, video_id), _copied(storage, file, check))
+    with storage.database.write() as connection:
         if (twin := video_rows.twin(connection, tenant.id, collection.id, sha256)) is None:
             size = file.stat().st_size
             tenant_rows.check_quota(connection, tenant, videos=1, bytes=size)
             video_rows.add_video(connection, tenant.id, collection.id, video_id, _label(file), sha256, size, {}, captions)
             return video_rows.video(connection, tenant.id, video_id), True, False
         renewed = _renewed(connection, twin, file, captions)
-    runtime.blobs.delete(video_key(collection.id, video_id))
+    storage.blobs.delete(video_key(collection.id, video_id))
     return twin, False, renewed
 
 
@@ -433,9 +460,9 @@ def _renewed(connection: Connection, twin: Video, file: Path, captions: list[Cap
         raise InvalidCaptions(f"{_readable(file)}: {error}") from error
 
 
-def _copied(runtime: Runtime, file: Path, check: Check) -> Path:
+def _copied(storage: Storage, file: Path, check: Check) -> Path:
     """The file once more, in the scratch folder."""
-    with NamedTemporaryFile(dir=runtime.settings.scratch, prefix="index-", delete=False) as copy:
+    with NamedTemporaryFile(dir=storage.settings.scratch, prefix="index-", delete=False) as copy:
         try:
             copy.writelines(_pieces(file, check))
         except BaseException:

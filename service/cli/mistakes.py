@@ -14,11 +14,11 @@ def explain(error: Exception) -> str | None:
     from backbone import BackboneNotFound, UnsupportedBackbone
     from demo.run import DemoFailed
     from indexer.frames import DamagedFrames
+    from service.adapters.encoder import OtherBackbone
     from service.adapters.train import TooFewCaptions, TrainingFailed
     from service.cli.files import InvalidFrames
     from service.cli.local import InvalidCaptions, NoDataFolder
     from service.cli.serve import AlreadyServed
-    from service.runtime import OtherBackbone
     from service.search.query import EmptyText
     from service.storage.blobs import BlobMissing
     from service.storage.rows import AlreadyExists, InvalidName, NotFound, QuotaExceeded

@@ -12,15 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from service.adapters.encoder import Encoder
 from service.cli import files
 from service.cli.local import existing, made_tenant, opened
-from service.runtime import Runtime
 from service.settings import Settings
+from service.storage.storage import Storage
 from service.upkeep import export_collection as exports
 from service.upkeep import import_collection as imports
 from service.upkeep.export_collection import Tell
 from service.upkeep.fsck import Finding, Fsck
 from service.videos import index, video_rows
+from service.videos.decoders import Decoders
 
 
 def export_collection(
@@ -33,9 +35,9 @@ def export_collection(
     console: Console | None,
 ) -> dict[str, Any]:
     """Writes a collection's archive; tells what was left out."""
-    with opened(settings) as runtime, files.written(to) as write, _share_bar(console) as progress:
-        tenant, _ = existing(runtime, tenant_name, collection_name)
-        out = exports.Export(runtime, tenant.id, collection_name, videos, generations)
+    with opened(settings) as parts, files.written(to) as write, _share_bar(console) as progress:
+        tenant, _ = existing(parts.storage, tenant_name, collection_name)
+        out = exports.Export(parts.storage, tenant.id, collection_name, videos, generations)
         size = write(out.chunks(progress))
     return {"bytes": size, "videos": out.written, "left_out": {why: ids for why, ids in out.left_out.items() if ids}}
 
@@ -44,21 +46,27 @@ def import_collection(
     settings: Settings, tenant_name: str, file: Path, name: str | None, re_embed: bool, console: Console | None
 ) -> dict[str, Any]:
     """An archive as a new collection, its tenant made where it is missing; videos without vectors are indexed at once."""
-    with opened(settings, new=True) as runtime, _share_bar(console) as progress:
-        tenant = made_tenant(runtime, tenant_name)
-        done = imports.import_archive(runtime, tenant, file, name=name, re_embed=re_embed, progress=progress)
-        failed = index_now(runtime, tenant.id, [video.id for video in done.queued], progress)
+    with opened(settings, new=True) as parts, _share_bar(console) as progress:
+        tenant = made_tenant(parts.storage, tenant_name)
+        done = imports.import_archive(
+            parts.storage, parts.encoder, parts.decoders, tenant, file, name=name, re_embed=re_embed, progress=progress
+        )
+        failed = index_now(
+            parts.storage, parts.encoder, parts.decoders, tenant.id, [video.id for video in done.queued], progress
+        )
     return {**done.to_json(), "failed": failed}
 
 
-def index_now(runtime: Runtime, tenant: str, videos: list[str], progress: Tell) -> list[str]:
+def index_now(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, videos: list[str], progress: Tell
+) -> list[str]:
     """Indexes videos whose tasks are queued, in this process; returns those that failed."""
-    with ThreadPoolExecutor(runtime.settings.decoders + 2) as pool:
-        running = [pool.submit(index.index_video, runtime, tenant, video) for video in videos]
+    with ThreadPoolExecutor(storage.settings.decoders + 2) as pool:
+        running = [pool.submit(index.index_video, storage, encoder, decoders, tenant, video) for video in videos]
         for done, future in enumerate(as_completed(running), start=1):
             future.result()
             progress(done / len(videos), f"{done} of {len(videos)} videos indexed")
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         found = video_rows.videos_by_id(connection, tenant, videos)
     return [video.id for video in found.values() if video.status == "failed"]
 
@@ -74,8 +82,8 @@ def check(
 ) -> tuple[list[Finding], dict[str, int]]:
     """`fsck`, each finding shown as it comes; all of them, and how much was looked at."""
     quiet = Console(quiet=True)
-    with opened(settings) as runtime, (console or quiet).status("checking") as status:
-        fsck = Fsck(runtime, deep, lambda note: status.update(f"checking {escape(note)}"))
+    with opened(settings) as parts, (console or quiet).status("checking") as status:
+        fsck = Fsck(parts.storage, parts.encoder, parts.decoders, deep, lambda note: status.update(f"checking {escape(note)}"))
         found = []
         for finding in fsck.run(tenant_name, collection_name, repair):
             show(finding)

@@ -13,12 +13,13 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from adapters_store import durable
+from service.adapters.encoder import Encoder
 from service.app import create_app
 from service.http.protocol import LimitedProtocol, limited
 from service.jobs.supervisor import Supervisor
 from service.logs import configure
-from service.runtime import Runtime
 from service.settings import Settings
+from service.storage.storage import Storage
 
 DRAIN_SECONDS = 5  # for requests that are being answered, uploads that are being received
 IDLE_SECONDS = 75  # of a connection: who closes first may cut a request off, and clients and proxies keep theirs for up to 60
@@ -34,7 +35,8 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     """Runs until SIGINT or SIGTERM. Raises OSError if the address is taken, AlreadyServed, OtherBackbone, BackboneNotFound."""
     configure()
     listener = _listen(host, port)
-    runtime = Runtime(settings)
+    storage = Storage(settings)
+    encoder = Encoder(storage)
     lock = (settings.data / "serve.lock").open("w")  # held until this process ends
     if settings.database.startswith("sqlite"):
         try:
@@ -44,15 +46,15 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
                 f"another `polyclip serve` runs on {settings.data}: end it, or take another --data; several can share a"
                 " PostgreSQL (POLYCLIP_DATABASE_URL)"
             ) from None
-    root_key = runtime.prepare()
-    runtime.blobs.sweep_scratch()
-    fingerprint = runtime.backbone.fingerprint  # a wrong backbone is told here, before anything is served
+    root_key = storage.prepare()
+    storage.blobs.sweep_scratch()
+    fingerprint = encoder.backbone.fingerprint  # a wrong backbone is told here, before anything is served
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{listener.getsockname()[1]}"
-    console.print(f"backbone {runtime.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
+    console.print(f"backbone {encoder.choice.name} ({fingerprint[:12]}) · data {settings.data}", markup=False)
     if (misplaced := settings.misplaced) is not None:
         told = f"an earlier version kept files of this data folder in {misplaced}: copy its folders to {settings.data}/blobs"
         console.print(f"warning: {told} (`polyclip fsck` tells what is missing)", style="yellow", markup=False, soft_wrap=True)
-    if (caution := runtime.choice.caution) is not None:
+    if (caution := encoder.choice.caution) is not None:
         console.print(f"warning: {caution}", style="yellow", markup=False, soft_wrap=True)
     if root_key is not None:
         console.print(f"operator's key, shown only now: {root_key}", style="bold", markup=False)
@@ -60,7 +62,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     supervisor = Supervisor(settings) if worker else None
     if supervisor is not None:
         supervisor.start()
-    app = create_app(settings, runtime)
+    app = create_app(settings, encoder)
     config = uvicorn.Config(
         app,
         http=limited(settings),

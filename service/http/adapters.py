@@ -13,7 +13,7 @@ from service.adapters import adapter_rows
 from service.adapters import train as learning
 from service.adapters.adapter_rows import AdapterVersion
 from service.http import paging, uploads
-from service.http.auth import PROBLEMS, CanAdmin, CanSearch, House, IdempotencyKey, InHouse, KeyFirst, collection_of
+from service.http.auth import PROBLEMS, CanAdmin, CanSearch, IdempotencyKey, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
 from service.http.schemas import ActivateRequest, EvaluateRequest, TrainRequest
 from service.jobs import task_rows
@@ -30,34 +30,34 @@ router = APIRouter(route_class=KeyFirst, tags=["adapters"], responses=PROBLEMS)
 
 @router.post("/admin/collections/{name}/adapters", status_code=202)
 def train(
-    name: str, tenant: CanAdmin, house: InHouse, body: TrainRequest | None = None, key: IdempotencyKey = None
+    name: str, tenant: CanAdmin, services: InServices, body: TrainRequest | None = None, key: IdempotencyKey = None
 ) -> dict[str, Any]:
     """Trains an adapter from the collection's captions and, if its validation R@1 is no worse, activates it."""
     body = body or TrainRequest()
     recipe = {**body.recipe, **({"scope": body.scope} if body.scope else {})}
-    learning.check_recipe(house.runtime, recipe)
+    learning.check_recipe(services.storage, services.encoder, recipe)
 
     def add(connection: Connection, collection: Collection) -> Task:
         learning.check_captions(connection, tenant.id, collection.id)
         request = {"recipe": recipe, "activate": body.activate}
         return task_rows.add_task(connection, tenant.id, collection.id, "train_adapter", request)
 
-    return _queue(house, tenant, name, key, ["train", body.model_dump()], add)
+    return _queue(services, tenant, name, key, ["train", body.model_dump()], add)
 
 
 @router.post("/admin/collections/{name}/adapters/import", status_code=202)
-async def import_adapter(name: str, request: Request, tenant: CanAdmin, house: InHouse) -> dict[str, Any]:
+async def import_adapter(name: str, request: Request, tenant: CanAdmin, services: InServices) -> dict[str, Any]:
     """Publishes an adapter file (multipart part `file`, safetensors) as the collection's next version."""
-    settings = house.runtime.settings
+    settings = services.storage.settings
     received = await uploads.receive(request, settings.scratch, adapters_store.artifact.MAX_BYTES, video=False)
 
     def publish() -> dict[str, Any]:
         data = received.path.read_bytes()
         manifest = adapters_store.describe(data, created_at=now(), recipe={"imported": received.filename})
-        with house.runtime.database.read() as connection:
+        with services.storage.database.read() as connection:
             collection = collection_of(connection, tenant, name)
-        version = learning.publish(house.runtime, tenant.id, collection.id, data, manifest)
-        with house.runtime.database.write() as connection:
+        version = learning.publish(services.storage, services.encoder, tenant.id, collection.id, data, manifest)
+        with services.storage.database.write() as connection:
             task = task_rows.add_task(connection, tenant.id, collection.id, "import_adapter", {"digest": version.digest})
             task_rows.end_task(connection, tenant.id, task.id, "succeeded", result={"adapter_id": version.id})
         return {"task_id": task.id, "adapter_id": version.id}
@@ -69,7 +69,9 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, house: I
 
 
 @router.post("/admin/collections/{name}/activate", status_code=202)
-def activate(name: str, body: ActivateRequest, tenant: CanAdmin, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
+def activate(
+    name: str, body: ActivateRequest, tenant: CanAdmin, services: InServices, key: IdempotencyKey = None
+) -> dict[str, Any]:
     """Switches the collection to an adapter, or back to the frozen backbone, without a gap in its searches."""
 
     def add(connection: Connection, collection: Collection) -> Task:
@@ -77,81 +79,81 @@ def activate(name: str, body: ActivateRequest, tenant: CanAdmin, house: InHouse,
             adapter_rows.adapter(connection, tenant.id, collection.id, body.adapter_id)
         return task_rows.add_task(connection, tenant.id, collection.id, "activate", {"adapter_id": body.adapter_id})
 
-    return _queue(house, tenant, name, key, ["activate", body.model_dump()], add)
+    return _queue(services, tenant, name, key, ["activate", body.model_dump()], add)
 
 
 @router.post("/admin/collections/{name}/evaluate", status_code=202)
-def evaluate(name: str, tenant: CanAdmin, house: InHouse, body: EvaluateRequest | None = None) -> dict[str, Any]:
+def evaluate(name: str, tenant: CanAdmin, services: InServices, body: EvaluateRequest | None = None) -> dict[str, Any]:
     """Recall of the collection's own captions, as its searches stand now."""
     body = body or EvaluateRequest()
 
     def add(connection: Connection, collection: Collection) -> Task:
         return task_rows.add_task(connection, tenant.id, collection.id, "evaluate", {"split": body.split})
 
-    return _queue(house, tenant, name, None, ["evaluate"], add)
+    return _queue(services, tenant, name, None, ["evaluate"], add)
 
 
 @router.get("/collections/{name}/adapters")
 def list_all(
     name: str,
     tenant: CanSearch,
-    house: InHouse,
+    services: InServices,
     page_limit: Annotated[int, Query(ge=1, le=50)] = 10,
     page_token: str | None = None,
 ) -> dict[str, Any]:
     """The collection's adapters, newest first."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         page = adapter_rows.list_adapters(connection, tenant.id, collection.id, page_limit, paging.decode("id", page_token))
         active = generation_rows.generation(connection, tenant.id, collection.active_generation_id).adapter_id
-        return listing([_summary(house, row, active) for row in page.rows], page)
+        return listing([_summary(services, row, active) for row in page.rows], page)
 
 
 @router.get("/collections/{name}/adapters/{adapter_id}")
-def get(name: str, adapter_id: str, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+def get(name: str, adapter_id: str, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Manifest, metrics and loss curve."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         version = adapter_rows.adapter(connection, tenant.id, collection.id, adapter_id)
         active = generation_rows.generation(connection, tenant.id, collection.active_generation_id).adapter_id
-    return {**_summary(house, version, active), "manifest": dict(version.manifest)}
+    return {**_summary(services, version, active), "manifest": dict(version.manifest)}
 
 
 @router.get("/collections/{name}/adapters/{adapter_id}/weights")
-def weights(name: str, adapter_id: str, tenant: CanSearch, house: InHouse) -> Response:
+def weights(name: str, adapter_id: str, tenant: CanSearch, services: InServices) -> Response:
     """The safetensors file."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         version = adapter_rows.adapter(connection, tenant.id, collection.id, adapter_id)
-    data = house.runtime.blobs.get(adapter_key(collection.id, version.digest))
+    data = services.storage.blobs.get(adapter_key(collection.id, version.digest))
     disposition = f'attachment; filename="{name}-{version.version}.safetensors"'
     return Response(data, media_type="application/octet-stream", headers={"Content-Disposition": disposition})
 
 
 @router.delete("/collections/{name}/adapters/{adapter_id}", status_code=204)
-def delete(name: str, adapter_id: str, tenant: CanAdmin, house: InHouse) -> Response:
+def delete(name: str, adapter_id: str, tenant: CanAdmin, services: InServices) -> Response:
     """The adapter is gone at once, its file and vectors follow in the background. Not the one that searches use."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         task = cleanup.delete_adapter(connection, tenant.id, collection.id, adapter_id)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return Response(status_code=204)
 
 
-def _queue(house: House, tenant: Tenant, name: str, key: str | None, parts: list[Any], add: Any) -> dict[str, Any]:
+def _queue(services: Services, tenant: Tenant, name: str, key: str | None, parts: list[Any], add: Any) -> dict[str, Any]:
     """Adds a task for a collection and enqueues it; answers again what an idempotency key was answered before."""
     hashed = idempotency.request_hash(name, *parts)
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
         task = add(connection, collection_of(connection, tenant, name))
         answer = {"task_id": task.id}
         idempotency.remember(connection, tenant.id, key, hashed, answer)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return answer
 
 
-def _summary(house: House, version: AdapterVersion, active: str | None) -> dict[str, Any]:
+def _summary(services: Services, version: AdapterVersion, active: str | None) -> dict[str, Any]:
     """`residency`: where this process has it: active, inactive, loading or offloaded."""
     metrics = version.manifest.get("metrics", {})
     return {
@@ -159,7 +161,7 @@ def _summary(house: House, version: AdapterVersion, active: str | None) -> dict[
         "version": version.version,
         "digest": version.digest,
         "active": version.id == active,
-        "residency": house.runtime.residency.states().get(version.digest, "offloaded"),
+        "residency": services.encoder.residency.states().get(version.digest, "offloaded"),
         "scope": version.manifest["scope"],
         "parameters": version.manifest["parameters"],
         "metrics": {side: metrics[side] for side in ("before", "after") if side in metrics},

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy import Connection
 
 from service.http import paging
-from service.http.auth import PROBLEMS, Anyone, InHouse, KeyFirst
+from service.http.auth import PROBLEMS, Anyone, InServices, KeyFirst
 from service.http.collections import PageLimit, listing
 from service.http.schemas import NewKey, NewTenant
 from service.storage import keys, tenant_rows
@@ -22,61 +22,61 @@ router = APIRouter(route_class=KeyFirst, prefix="/admin/tenants", tags=["tenants
 
 
 @router.post("", status_code=201)
-def create(body: NewTenant, who: Anyone, house: InHouse) -> dict[str, Any]:
+def create(body: NewTenant, who: Anyone, services: InServices) -> dict[str, Any]:
     """A new tenant (operator's key)."""
     keys.check_role(who, "root")
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         tenant = tenant_rows.create_tenant(connection, body.name, body.quotas.model_dump(exclude_none=True))
     return _tenant_shown(tenant)
 
 
 @router.get("")
-def list_all(who: Anyone, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
+def list_all(who: Anyone, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
     """The tenants, newest first (operator's key)."""
     keys.check_role(who, "root")
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         page = tenant_rows.list_tenants(connection, page_limit, paging.decode("id", page_token))
     return listing([_tenant_shown(tenant) for tenant in page.rows], page)
 
 
 @router.delete("/{name}", status_code=204)
-def delete(name: str, who: Anyone, house: InHouse) -> Response:
+def delete(name: str, who: Anyone, services: InServices) -> Response:
     """The tenant's keys stop working at once; all that it has follows in the background (operator's key)."""
     keys.check_role(who, "root")
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         task = cleanup.delete_tenant(connection, tenant_rows.tenant_named(connection, name).id)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return Response(status_code=204)
 
 
 @router.post("/{name}/keys", status_code=201)
-def add_key(name: str, body: NewKey, who: Anyone, house: InHouse) -> dict[str, Any]:
+def add_key(name: str, body: NewKey, who: Anyone, services: InServices) -> dict[str, Any]:
     """A new API key; the only time that it is shown."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         record, key = keys.issue(connection, _tenant(connection, who, name).id, body.role, body.expires_at)
     return {**_show(record), "key": key}
 
 
 @router.get("/{name}/keys")
-def list_keys(name: str, who: Anyone, house: InHouse) -> dict[str, Any]:
+def list_keys(name: str, who: Anyone, services: InServices) -> dict[str, Any]:
     """The tenant's keys, without their secrets."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         found = [_show(key) for key in tenant_rows.keys(connection, _tenant(connection, who, name).id)]
     return {"data": found, "page_info": {"next_page_token": None, "total_results": len(found)}}
 
 
 @router.delete("/{name}/keys/{key_id}", status_code=204)
-def revoke(name: str, key_id: str, who: Anyone, house: InHouse) -> Response:
+def revoke(name: str, key_id: str, who: Anyone, services: InServices) -> Response:
     """The key stops working at once."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         tenant_rows.revoke_key(connection, _tenant(connection, who, name).id, key_id)
     return Response(status_code=204)
 
 
 @router.get("/{name}/usage")
-def usage(name: str, who: Anyone, house: InHouse) -> dict[str, Any]:
+def usage(name: str, who: Anyone, services: InServices) -> dict[str, Any]:
     """What counts against the tenant's quotas."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         tenant = _tenant(connection, who, name)
         used = tenant_rows.usage(connection, tenant.id)
     return {"tenant": tenant.name, "at": datetime.now(UTC).isoformat(), "usage": used, "quotas": dict(tenant.quotas)}

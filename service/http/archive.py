@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import StreamingResponse
 
 from service.http import uploads
-from service.http.auth import PROBLEMS, CanAdmin, House, IdempotencyKey, InHouse, KeyFirst
+from service.http.auth import PROBLEMS, CanAdmin, IdempotencyKey, InServices, KeyFirst, Services
 from service.http.middleware import BodyTooLarge
 from service.http.uploads import FileTooLarge, Upload
 from service.jobs import task_rows
@@ -32,12 +32,12 @@ _BODY = {
 def export(
     name: str,
     tenant: CanAdmin,
-    house: InHouse,
+    services: InServices,
     videos: Annotated[bool, Query(description="the uploaded files too")] = True,
     generations: Annotated[bool, Query(description="the vectors of retired generations too")] = False,
 ) -> StreamingResponse:
     """The collection as a tar: vectors, adapters, frames, metadata, captions, checksums. One without its end is torn."""
-    out = export_collection.Export(house.runtime, tenant.id, name, videos, generations)
+    out = export_collection.Export(services.storage, tenant.id, name, videos, generations)
     headers = {"Content-Disposition": f'attachment; filename="{name}.tar"'}
     return StreamingResponse(out.chunks(), media_type="application/x-tar", headers=headers)
 
@@ -46,32 +46,42 @@ def export(
 async def import_archive(
     request: Request,
     tenant: CanAdmin,
-    house: InHouse,
+    services: InServices,
     collection: Annotated[str | None, Query(description="the new collection's name; default: the archive's")] = None,
     re_embed: Annotated[bool, Query(description="take in an archive of another backbone, without adapters")] = False,
     key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """A new collection from an archive (multipart part `file`): all of it or nothing, as the task tells."""
-    settings = house.runtime.settings
+    settings = services.storage.settings
     try:
         received = await uploads.receive(request, settings.scratch, settings.max_archive_bytes, video=False)
     except FileTooLarge as error:
         raise BodyTooLarge(str(error)) from error
     wish = {"collection": collection, "re_embed": re_embed, "tenant": tenant.name}
     try:
-        return await to_thread.run_sync(_queue, house, tenant, received, wish, key)
+        return await to_thread.run_sync(_queue, services, tenant, received, wish, key)
     finally:
         received.path.unlink(missing_ok=True)
 
 
-def _queue(house: House, tenant: tenant_rows.Tenant, received: Upload, wish: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _queue(
+    services: Services, tenant: tenant_rows.Tenant, received: Upload, wish: dict[str, Any], key: str | None
+) -> dict[str, Any]:
     """What can be refused is refused now; then the archive is stored, then its task."""
-    database, blobs = house.runtime.database, house.runtime.blobs
+    database, blobs = services.storage.database, services.storage.blobs
     hashed = idempotency.request_hash("import", wish, received.sha256)
     with database.read() as connection:
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
-    name = import_collection.look(house.runtime, tenant, received.path, wish["collection"], wish["re_embed"])
+    name = import_collection.look(
+        services.storage,
+        services.encoder,
+        services.decoders,
+        tenant,
+        received.path,
+        wish["collection"],
+        wish["re_embed"],
+    )
     stored = archive_key(new_id("arc"))
     blobs.put_file(stored, received.path)
     with database.write() as connection:
@@ -79,5 +89,5 @@ def _queue(house: House, tenant: tenant_rows.Tenant, received: Upload, wish: dic
         task = task_rows.add_task(connection, tenant.id, None, "import_collection", request)
         answer = {"task_id": task.id, "collection": name}
         idempotency.remember(connection, tenant.id, key, hashed, answer)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return answer

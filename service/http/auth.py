@@ -1,4 +1,4 @@
-"""What every route depends on: the house's objects, and who asks."""
+"""What every route depends on: what the application holds, and who asks."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Connection
 
+from service.adapters.encoder import Encoder
 from service.http.schemas import Problem
 from service.jobs.queue import Jobs
-from service.runtime import Runtime
 from service.search.query import Searcher
 from service.storage import collection_rows, keys
 from service.storage.collection_rows import Collection
 from service.storage.keys import Caller, Guesses
+from service.storage.storage import Storage
 from service.storage.tenant_rows import Tenant
+from service.videos.decoders import Decoders
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
-class House:
+class Services:
     """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key."""
 
-    runtime: Runtime
+    storage: Storage
+    encoder: Encoder
+    decoders: Decoders
     searcher: Searcher
     jobs: Jobs
     signing_secret: str
@@ -38,9 +42,9 @@ class House:
     streams: Counter[str] = field(default_factory=Counter)
 
 
-async def house_of(request: Request) -> House:
+async def services_of(request: Request) -> Services:
     """A coroutine, as `check` below: what waits for nothing needs no thread of its own."""
-    return request.app.state.house  # type: ignore[no-any-return]
+    return request.app.state.services  # type: ignore[no-any-return]
 
 
 _bearer = HTTPBearer(auto_error=False, description="Authorization: Bearer KEY")
@@ -61,8 +65,8 @@ async def authenticated(request: Request) -> Caller:
     """Raises MissingKey, InvalidKey, TooManyWrongKeys."""
     bearer = await _bearer(request)
     key = bearer.credentials if bearer else await _header(request)
-    house, address = request.app.state.house, request.client.host if request.client else ""
-    return await to_thread.run_sync(keys.authenticate, house.runtime.database, key, house.guesses, address)
+    services, address = request.app.state.services, request.client.host if request.client else ""
+    return await to_thread.run_sync(keys.authenticate, services.storage.database, key, services.guesses, address)
 
 
 class KeyFirst(APIRoute):
@@ -103,7 +107,7 @@ def _tenant(role: str) -> Any:
     return check
 
 
-InHouse = Annotated[House, Depends(house_of)]
+InServices = Annotated[Services, Depends(services_of)]
 Anyone = Annotated[Caller, Depends(caller)]
 CanSearch = Annotated[Tenant, Depends(_tenant("search"))]
 CanWrite = Annotated[Tenant, Depends(_tenant("write"))]

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
 
 from service.http import paging
-from service.http.auth import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InHouse, KeyFirst, collection_of
+from service.http.auth import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InServices, KeyFirst, collection_of
 from service.http.schemas import ChangedCollection, NewCollection, settings_json
 from service.storage import collection_rows, generation_rows, idempotency, rows
 from service.storage.collection_rows import Collection
@@ -21,11 +21,11 @@ PageLimit = Annotated[int, Query(ge=1, le=50)]
 
 
 @router.post("", status_code=201)
-def create(body: NewCollection, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
+def create(body: NewCollection, tenant: CanWrite, services: InServices, key: IdempotencyKey = None) -> dict[str, Any]:
     """A new, empty collection: searchable at once, with the frozen backbone."""
     hashed = idempotency.request_hash("collections", body.model_dump())
-    backbone = house.runtime.backbone.fingerprint
-    with house.runtime.database.write() as connection:
+    backbone = services.encoder.backbone.fingerprint
+    with services.storage.database.write() as connection:
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
         collection = collection_rows.create_collection(connection, tenant, body.name, settings_json(body.settings), backbone)
@@ -35,27 +35,29 @@ def create(body: NewCollection, tenant: CanWrite, house: InHouse, key: Idempoten
 
 
 @router.get("")
-def list_all(tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
+def list_all(
+    tenant: CanSearch, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None
+) -> dict[str, Any]:
     """The tenant's collections, newest first."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         page = collection_rows.list_collections(connection, tenant.id, page_limit, paging.decode("id", page_token))
         return listing([show(connection, tenant, row) for row in page.rows], page)
 
 
 @router.get("/{name}")
-def get(name: str, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+def get(name: str, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Counts, settings, active adapter and generation. Whoever looks is about to search: the adapter is fetched."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection, generation = collection_rows.active_generation(connection, tenant.id, name)
         shown = show(connection, tenant, collection)
-    house.runtime.prefetch(generation)
+    services.encoder.prefetch(generation)
     return shown
 
 
 @router.patch("/{name}")
-def change(name: str, body: ChangedCollection, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+def change(name: str, body: ChangedCollection, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """Changes the settings that are sent; videos that come later follow them."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         settings = {**collection.settings, **settings_json(body.settings)}
         collection_rows.change_collection(connection, tenant.id, collection.id, settings)
@@ -63,21 +65,21 @@ def change(name: str, body: ChangedCollection, tenant: CanWrite, house: InHouse)
 
 
 @router.delete("/{name}", status_code=204)
-def delete(name: str, tenant: CanWrite, house: InHouse) -> Response:
+def delete(name: str, tenant: CanWrite, services: InServices) -> Response:
     """The collection is gone at once; its files and vectors follow in the background."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         task = cleanup.delete_collection(connection, tenant.id, collection.id)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return Response(status_code=204)
 
 
 @router.get("/{name}/generations")
 def generations(
-    name: str, tenant: CanSearch, house: InHouse, page_limit: PageLimit = 10, page_token: str | None = None
+    name: str, tenant: CanSearch, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None
 ) -> dict[str, Any]:
     """What the collection can be switched to, newest first: at once, where no video is missing."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         after = paging.decode("id", page_token)
         page = generation_rows.list_generations(connection, tenant.id, collection.id, page_limit, after)

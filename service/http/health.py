@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import HTMLResponse, JSONResponse
 
-from service.http.auth import InHouse, KeyFirst, authenticated
+from service.http.auth import InServices, KeyFirst, authenticated
 from service.storage import facts, keys
 
 router = APIRouter(route_class=KeyFirst, tags=["health"])
@@ -26,28 +26,28 @@ def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-def readyz(house: InHouse) -> Response:
+def readyz(services: InServices) -> Response:
     """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds.
 
     `warning`: what the backbone's searches are worth where it knows no real pictures.
     """
-    checks: dict[str, Any] = {"backbone": house.runtime.backbone_loaded, "database": False, "worker": False}
+    checks: dict[str, Any] = {"backbone": services.encoder.backbone_loaded, "database": False, "worker": False}
     try:
-        with house.runtime.database.read() as connection:
+        with services.storage.database.read() as connection:
             connection.execute(text("select 1"))
             checks["database"] = True
             checks["worker"] = bool(facts.living_workers(connection, WORKER_SECONDS))
     except SQLAlchemyError:
         pass
-    ready, warning = all(checks.values()), house.runtime.choice.caution
+    ready, warning = all(checks.values()), services.encoder.choice.caution
     told = {"status": "ready" if ready else "not ready", "checks": checks, "warning": warning}
     return JSONResponse(told, 200 if ready else 503)
 
 
 @router.get("/metrics")
-async def metrics(request: Request, house: InHouse) -> Response:
+async def metrics(request: Request, services: InServices) -> Response:
     """Prometheus, with the operator's key (as a bearer token, for one), unless `POLYCLIP_METRICS_OPEN` is set."""
-    if not house.runtime.settings.metrics_open:
+    if not services.storage.settings.metrics_open:
         keys.check_role(await authenticated(request), "root")
     told = await to_thread.run_sync(generate_latest, request.app.state.metrics.registry)
     return Response(told, media_type=CONTENT_TYPE_LATEST)

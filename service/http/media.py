@@ -7,7 +7,7 @@ import re
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response, StreamingResponse
 
-from service.http.auth import InHouse, KeyFirst
+from service.http.auth import InServices, KeyFirst
 from service.storage import keys
 from service.storage.blobs import BlobMissing, thumbnail_key, video_key
 from service.storage.rows import NotFound
@@ -34,22 +34,22 @@ HEAD_BYTES = 64
 
 
 @router.get("/media/{kind}/{media_id}")
-def media(kind: str, media_id: str, exp: int, sig: str, request: Request, house: InHouse) -> Response:
+def media(kind: str, media_id: str, exp: int, sig: str, request: Request, services: InServices) -> Response:
     """A thumbnail or a video. The signature stands for the key: whoever has the URL may see it until it expires."""
-    keys.check_signature(house.signing_secret, f"/media/{kind}/{media_id}", exp, sig)
+    keys.check_signature(services.signing_secret, f"/media/{kind}/{media_id}", exp, sig)
     video_id, _, ordinal = media_id.partition("-")
     if kind not in ("thumbnail", "video"):
         raise NotFound("media", media_id)
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         video = video_rows.signed_video(connection, video_id)
     private = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
     if kind == "thumbnail":
-        data = house.runtime.blobs.get(thumbnail_key(video.collection_id, video.id, int(ordinal)))
+        data = services.storage.blobs.get(thumbnail_key(video.collection_id, video.id, int(ordinal)))
         return Response(data, media_type="image/jpeg", headers=private)
     if (video.media or {}).get("stored") is False:
         raise BlobMissing("this video was imported without its file; an upload of the same file brings it back")
     key, etag = video_key(video.collection_id, video.id), f'"{video.sha256}"'
-    size = house.runtime.blobs.size(key)
+    size = services.storage.blobs.size(key)
     headers = {**private, "Accept-Ranges": "bytes", "ETag": etag}
     wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
     part = asked_range(wanted, size)
@@ -57,9 +57,9 @@ def media(kind: str, media_id: str, exp: int, sig: str, request: Request, house:
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)
-    beginning = b"".join(house.runtime.blobs.stream(key, 0, min(size, HEAD_BYTES)))
+    beginning = b"".join(services.storage.blobs.stream(key, 0, min(size, HEAD_BYTES)))
     type_ = media_type(str((video.media or {}).get("container", "")), beginning)
-    return StreamingResponse(house.runtime.blobs.stream(key, start, end), 206 if part else 200, headers, type_)
+    return StreamingResponse(services.storage.blobs.stream(key, start, end), 206 if part else 200, headers, type_)
 
 
 def media_type(container: str, head: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What the house tells Prometheus of its inside: adapters by state, batches, caches; read when it is asked for."""
+"""What the service tells Prometheus of its inside: adapters by state, batches, caches; read when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from backbone.batcher import SIZES
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
 from service.search.query import Searcher
 
 STATES = ("active", "inactive", "offloaded", "loading")
 
 
-class HouseCollector(Collector):
+class Inside(Collector):
     """Metrics of one application's residency, text batcher, text cache and index views."""
 
-    def __init__(self, runtime: Runtime, searcher: Searcher) -> None:
-        self._runtime, self._searcher = runtime, searcher
+    def __init__(self, encoder: Encoder, searcher: Searcher) -> None:
+        self._encoder = encoder
+        self._searcher = searcher
 
     def collect(self) -> Iterable[Metric]:
-        residency, batcher, cache = self._runtime.residency, self._runtime.texts, self._searcher.texts
+        residency, batcher, cache = self._encoder.residency, self._encoder.texts, self._searcher.texts
         states = GaugeMetricFamily("polyclip_adapters", "Adapters in memory, by state.", labels=["state"])
         found = Counter(residency.states().values())
         for state in STATES:

@@ -1,4 +1,4 @@
-"""What an exception of the house looks like over HTTP: RFC 9457 problem documents with stable codes."""
+"""What an exception looks like over HTTP: RFC 9457 problem documents with stable codes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adapters_store import AdapterMismatch, DamagedAdapter, InvalidAdapter, Leas
 from backbone.batcher import BatcherClosed, BatcherFull, DeadlinePassed
 from indexer.frames import DamagedFrames
 from service.adapters.adapter_rows import AdapterInUse
+from service.adapters.encoder import OtherBackbone
 from service.adapters.train import TooFewCaptions
 from service.http.middleware import BodyTooLarge
 from service.http.paging import InvalidPageToken
 from service.http.tasks import TaskNotCancellable, TooManyStreams
 from service.http.uploads import EmptyFile, FileTooLarge, InvalidUpload, UnsupportedMedia
-from service.runtime import OtherBackbone
 from service.search.filters import InvalidFilter
 from service.search.query import EmptyText
 from service.storage.blobs import BlobMissing

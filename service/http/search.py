@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
 from service.http import paging
-from service.http.auth import PROBLEMS, CanSearch, House, InHouse, KeyFirst
+from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
 from service.http.schemas import HitOut, PageInfo, SearchAnswer, SearchPool, SearchRequest, Warning
 from service.search import filters
 from service.search.query import Found
@@ -22,11 +22,11 @@ router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
 
 
 @router.post("/search")
-async def search(request: Request, body: SearchRequest, tenant: CanSearch, house: InHouse) -> SearchAnswer:
+async def search(request: Request, body: SearchRequest, tenant: CanSearch, services: InServices) -> SearchAnswer:
     """Finds the videos of a collection that show what the text says, best first."""
     offset = int(paging.decode("offset", body.page_token) or 0)
     where = None if body.filter is None else filters.parse(body.filter)
-    work = house.searcher.answer(
+    work = services.searcher.answer(
         tenant.id,
         body.collection,
         body.text,
@@ -35,7 +35,7 @@ async def search(request: Request, body: SearchRequest, tenant: CanSearch, house
         exact=body.rescore,
         wanted=offset + body.page_limit,
     )
-    return answer(house, request, await while_connected(request, work), offset, body.page_limit)
+    return answer(services, request, await while_connected(request, work), offset, body.page_limit)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> Done:
@@ -56,16 +56,16 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> 
         watch.cancel()
 
 
-def answer(house: House, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:
+def answer(services: Services, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:
     """One page of what was found, with signed URLs."""
     page = found.hits[offset : offset + limit]
-    url = media_urls(house, request)
+    url = media_urls(services, request)
     more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
     warnings = []
-    if (caution := house.runtime.choice.caution) is not None:
+    if (caution := services.encoder.choice.caution) is not None:
         warnings.append(Warning(code="backbone_knows_no_real_pictures", detail=caution))
     if found.truncated:
-        length = house.runtime.backbone.context_length
+        length = services.encoder.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
         warnings.append(Warning(code="text_truncated", detail=detail))
     if found.pending_videos:
@@ -102,12 +102,12 @@ def answer(house: House, request: Request, found: Found, offset: int, limit: int
     )
 
 
-def media_urls(house: House, request: Request) -> Callable[[str, str], str]:
+def media_urls(services: Services, request: Request) -> Callable[[str, str], str]:
     """(thumbnail or video, its id) → a signed URL, good for `url_seconds` from now."""
-    base, expires = str(request.base_url).rstrip("/"), int(time.time()) + house.runtime.settings.url_seconds
+    base, expires = str(request.base_url).rstrip("/"), int(time.time()) + services.storage.settings.url_seconds
 
     def url(kind: str, media_id: str) -> str:
         path = f"/media/{kind}/{media_id}"
-        return f"{base}{path}?exp={expires}&sig={sign(house.signing_secret, path, expires)}"
+        return f"{base}{path}?exp={expires}&sig={sign(services.signing_secret, path, expires)}"
 
     return url

@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.http import paging
-from service.http.auth import PROBLEMS, Anyone, CanWrite, House, InHouse, KeyFirst, collection_of
+from service.http.auth import PROBLEMS, Anyone, CanWrite, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
 from service.jobs import task_rows
 from service.jobs.run import CANCELLED
@@ -64,31 +64,31 @@ class _Events(StreamingResponse):
 @router.get("")
 def list_all(
     tenant: CanWrite,
-    house: InHouse,
+    services: InServices,
     collection: str | None = None,
     status: Status | None = None,
     page_limit: Annotated[int, Query(ge=1, le=50)] = 10,
     page_token: str | None = None,
 ) -> dict[str, Any]:
     """The tenant's tasks, newest first."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         only = collection_of(connection, tenant, collection).id if collection is not None else None
         page = task_rows.list_tasks(connection, tenant.id, only, status, page_limit, paging.decode("id", page_token))
         return listing(shown(connection, tenant.id, page.rows), page)
 
 
 @router.get("/{task_id}")
-def get(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+def get(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """Status, progress from 0 to 1, the seconds that are left at the pace so far, and the result or the error."""
-    return _show(house, _task(house, tenant.id, task_id))
+    return _show(services, _task(services, tenant.id, task_id))
 
 
 @router.post("/{task_id}/cancel")
-def cancel(task_id: str, tenant: CanWrite, house: InHouse) -> dict[str, Any]:
+def cancel(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """A waiting task ends at once; a running one when it next reports, unless it ends before. The video of a cancelled indexing
     task ends `failed` with the code `cancelled`; it may be uploaded again.
     """
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         task = task_rows.lock_task(connection, tenant.id, task_id)
         if task.kind not in CANCELLABLE and task.status in OPEN:
             raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end")
@@ -106,7 +106,7 @@ async def events(
     request: Request,
     tenant: CanWrite,
     who: Anyone,
-    house: InHouse,
+    services: InServices,
     last: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
 ) -> Response:
     """Server-sent events: the task as it stands and after every change, until it ends.
@@ -114,12 +114,12 @@ async def events(
     An event's id is the revision of the task. A client that comes back with `Last-Event-ID` is told what is newer; one that has
     seen the end gets 204, after which an `EventSource` does not come back.
     """
-    first = await to_thread.run_sync(_task, house, tenant.id, task_id)
+    first = await to_thread.run_sync(_task, services, tenant.id, task_id)
     told = int(last) if last is not None and re.fullmatch("[0-9]{1,18}", last) else -1
     if first.revision <= told and first.status not in OPEN:
         return Response(status_code=204)
 
-    if house.streams[who.key_id] >= (most := house.runtime.settings.event_streams):
+    if services.streams[who.key_id] >= (most := services.storage.settings.event_streams):
         raise TooManyStreams(f"this key holds {most} event streams open, as many as a key may")
 
     async def stream() -> AsyncIterator[str]:
@@ -128,7 +128,7 @@ async def events(
         while True:
             if task.revision > shown:
                 shown, quiet_since = task.revision, time.monotonic()
-                yield f"id: {shown}\nevent: task\ndata: {json.dumps(await to_thread.run_sync(_show, house, task))}\n\n"
+                yield f"id: {shown}\nevent: task\ndata: {json.dumps(await to_thread.run_sync(_show, services, task))}\n\n"
             elif time.monotonic() - quiet_since > QUIET_SECONDS:
                 quiet_since = time.monotonic()
                 yield ": still here\n\n"
@@ -136,13 +136,13 @@ async def events(
                 return
             await asyncio.sleep(POLL_SECONDS)
             try:
-                await to_thread.run_sync(keys.check_still_valid, house.runtime.database, who)
-                task = await to_thread.run_sync(_task, house, tenant.id, task_id)
+                await to_thread.run_sync(keys.check_still_valid, services.storage.database, who)
+                task = await to_thread.run_sync(_task, services, tenant.id, task_id)
             except (NotFound, InvalidKey):  # gone with its tenant, or no longer this client's to see
                 return
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return _Events(stream(), house.streams, who.key_id, headers)
+    return _Events(stream(), services.streams, who.key_id, headers)
 
 
 def shown(connection: Connection, tenant: str, of: Sequence[Task]) -> list[dict[str, Any]]:
@@ -152,8 +152,8 @@ def shown(connection: Connection, tenant: str, of: Sequence[Task]) -> list[dict[
     return [show(task, names.get(task.collection_id or "", task.request.get("collection"))) for task in of]
 
 
-def _show(house: House, task: Task) -> dict[str, Any]:
-    with house.runtime.database.read() as connection:
+def _show(services: Services, task: Task) -> dict[str, Any]:
+    with services.storage.database.read() as connection:
         return shown(connection, task.tenant_id, [task])[0]
 
 
@@ -183,6 +183,6 @@ def _eta(task: Task) -> float | None:
     return round(max(0.0, elapsed) * (1 - task.progress) / task.progress, 1)
 
 
-def _task(house: House, tenant: str, task_id: str) -> Task:
-    with house.runtime.database.read() as connection:
+def _task(services: Services, tenant: str, task_id: str) -> Task:
+    with services.storage.database.read() as connection:
         return task_rows.task(connection, tenant, task_id)

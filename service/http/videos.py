@@ -15,10 +15,10 @@ from service.http.auth import (
     PROBLEMS,
     CanSearch,
     CanWrite,
-    House,
     IdempotencyKey,
-    InHouse,
+    InServices,
     KeyFirst,
+    Services,
     collection_of,
     larger_bodies,
 )
@@ -61,18 +61,19 @@ _BODY = {
 
 
 @router.post("", status_code=202, openapi_extra=_BODY)
-async def upload(name: str, request: Request, tenant: CanWrite, house: InHouse, key: IdempotencyKey = None) -> dict[str, Any]:
+async def upload(
+    name: str, request: Request, tenant: CanWrite, services: InServices, key: IdempotencyKey = None
+) -> dict[str, Any]:
     """Stores a video and queues its indexing. When this answers, file and record are on disk.
 
     The same bytes in the same collection are not stored twice: the answer then names the earlier video. Captions that it
     lacks are added, metadata replaces its own, and `updated` says which of the two have changed.
     """
-    await to_thread.run_sync(_check_before, house, tenant, name)
-    runtime = house.runtime
-    limit = runtime.settings.max_video_bytes
-    received = await uploads.receive(request, runtime.settings.scratch, limit, ("metadata", "captions"))
+    await to_thread.run_sync(_check_before, services, tenant, name)
+    limit = services.storage.settings.max_video_bytes
+    received = await uploads.receive(request, services.storage.settings.scratch, limit, ("metadata", "captions"))
     try:
-        return await to_thread.run_sync(_store, house, tenant, name, received, key)
+        return await to_thread.run_sync(_store, services, tenant, name, received, key)
     finally:
         received.path.unlink(missing_ok=True)
 
@@ -82,56 +83,56 @@ def list_all(
     name: str,
     request: Request,
     tenant: CanSearch,
-    house: InHouse,
+    services: InServices,
     status: Status | None = None,
     page_limit: PageLimit = 10,
     page_token: str | None = None,
 ) -> dict[str, Any]:
     """The collection's videos, newest first."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         page = video_rows.list_videos(connection, tenant.id, collection.id, status, page_limit, paging.decode("id", page_token))
-        return listing(show(connection, house, request, tenant, page.rows), page)
+        return listing(show(connection, services, request, tenant, page.rows), page)
 
 
 @router.get("/{video_id}", responses={200: {"model": VideoOut}})
-def get(name: str, video_id: str, request: Request, tenant: CanSearch, house: InHouse) -> dict[str, Any]:
+def get(name: str, video_id: str, request: Request, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Status, facts, metadata, captions."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         video = video_rows.video(connection, tenant.id, video_id, collection.id)
-        return show(connection, house, request, tenant, [video])[0]
+        return show(connection, services, request, tenant, [video])[0]
 
 
 @router.delete("/{video_id}", status_code=204)
-def delete(name: str, video_id: str, tenant: CanWrite, house: InHouse) -> Response:
+def delete(name: str, video_id: str, tenant: CanWrite, services: InServices) -> Response:
     """The video leaves lists and searches at once; its files follow in the background."""
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         video_rows.video(connection, tenant.id, video_id, collection.id)
         task = cleanup.delete_video(connection, tenant.id, collection.id, video_id)
-    house.jobs.enqueue(task)
+    services.jobs.enqueue(task)
     return Response(status_code=204)
 
 
 @router.put("/{video_id}/captions", responses={200: {"model": VideoOut}})
 @larger_bodies(4)
 def put_captions(
-    name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, house: InHouse
+    name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, services: InServices
 ) -> dict[str, Any]:
     """Replaces the captions: what an adapter is trained on."""
     texts = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in body.captions]
-    with house.runtime.database.write() as connection:
+    with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         video = video_rows.video(connection, tenant.id, video_id, collection.id)
         video_rows.set_captions(connection, tenant.id, video_id, texts)
-        return show(connection, house, request, tenant, [video])[0]
+        return show(connection, services, request, tenant, [video])[0]
 
 
 def show(
-    connection: Connection, house: House, request: Request, tenant: Tenant, videos: list[Video] | Any
+    connection: Connection, services: Services, request: Request, tenant: Tenant, videos: list[Video] | Any
 ) -> list[dict[str, Any]]:
-    captions, url = video_rows.captions_of(connection, tenant.id, [video.id for video in videos]), media_urls(house, request)
+    captions, url = video_rows.captions_of(connection, tenant.id, [video.id for video in videos]), media_urls(services, request)
     return [
         {
             "id": video.id,
@@ -153,14 +154,14 @@ def show(
     ]
 
 
-def _check_before(house: House, tenant: Tenant, name: str) -> None:
+def _check_before(services: Services, tenant: Tenant, name: str) -> None:
     """What can be refused before the bytes come."""
-    with house.runtime.database.read() as connection:
+    with services.storage.database.read() as connection:
         collection_of(connection, tenant, name)
         tenant_rows.check_quota(connection, tenant, videos=1)
 
 
-def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
+def _store(services: Services, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
     """File first, then row and task in one transaction, then the queue: a crash between leaves nothing acknowledged lost."""
     metadata = received.json_field("metadata", dict)
     if len(received.fields.get("metadata", "").encode()) > MAX_METADATA:
@@ -168,14 +169,14 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
     captions = parse_captions(received.json_field("captions", list) or [])
     hashed = idempotency.request_hash("videos", name, received.sha256, received.filename, received.fields)
     video_id = new_id("vid")
-    database, blobs = house.runtime.database, house.runtime.blobs
+    database, blobs = services.storage.database, services.storage.blobs
     with database.read() as connection:
         collection = collection_of(connection, tenant, name)
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
         twin = video_rows.twin(connection, tenant.id, collection.id, received.sha256)
     if twin is not None:
-        restored = index.restore_file(house.runtime, twin, received.path)
+        restored = index.restore_file(services.storage, twin, received.path)
         if restored or (key is None and metadata is None and not captions):
             with database.write() as connection:
                 return _duplicate(twin, renew(connection, twin, metadata, captions))
@@ -207,7 +208,7 @@ def _store(house: House, tenant: Tenant, name: str, received: Upload, key: str |
         if task is None:
             blobs.delete(video_key(collection.id, video_id))
     if task is not None:
-        house.jobs.enqueue(task)
+        services.jobs.enqueue(task)
     return answer
 
 

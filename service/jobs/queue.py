@@ -24,9 +24,9 @@ from sqlalchemy.exc import DBAPIError
 from adapters_store import durable
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.settings import Settings
 from service.storage import facts
+from service.storage.storage import Storage
 from service.storage.tables import new_id
 
 VERSION = "2"  # of the workflows; DBOS would derive one from the code and strand the jobs of the version before
@@ -183,14 +183,14 @@ def prepare_engine(settings: Settings) -> None:
     DBOS.migrate(url)
 
 
-def sweep(runtime: Runtime, jobs: Jobs) -> None:
+def sweep(storage: Storage, jobs: Jobs) -> None:
     """Sees to it that every task that has not ended has a job, or ends. Several may do it at once."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         waiting = task_rows.open_tasks(connection)
     active = jobs.active_tasks() if waiting else set()
     for task in waiting:
         if task.request.get("offline"):
-            _end_if_killed(runtime, task)
+            _end_if_killed(storage, task)
         elif task.id not in active:
             jobs.ensure(task)
 
@@ -200,20 +200,20 @@ def sign_of_life(settings: Settings, task_id: str) -> Path:
     return settings.data / f"offline-{task_id}.lock"
 
 
-def _end_if_killed(runtime: Runtime, task: Task) -> None:
+def _end_if_killed(storage: Storage, task: Task) -> None:
     """Ends the task of an offline command whose file is here and held by nobody."""
-    path = sign_of_life(runtime.settings, task.id)
+    path = sign_of_life(storage.settings, task.id)
     with suppress(FileNotFoundError, TimeoutError), path.open("r+") as file:
         durable.lock(file, 0)
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             error = {"code": "interrupted", "detail": "the command that ran this training was killed"}
             task_rows.end_task(connection, task.tenant_id, task.id, "failed", error=error)
         path.unlink()
 
 
-def rescue(runtime: Runtime, jobs: Jobs) -> None:
+def rescue(storage: Storage, jobs: Jobs) -> None:
     """Takes the jobs of dead workers up again. For one who has seen the database answer as long as `DEAD_SECONDS`: after an
     outage every worker would look dead."""
-    with runtime.database.write() as connection:  # whoever does it at the same time waits here and finds nothing left
+    with storage.database.write() as connection:  # whoever does it at the same time waits here and finds nothing left
         if taken := jobs.rescue(facts.living_workers(connection, DEAD_SECONDS, lock=True)):
             log.warning("jobs_of_dead_workers", jobs=taken)

@@ -30,19 +30,21 @@ from backbone.batcher import BatcherFull
 from indexer.frames import DamagedFrames
 from service.adapters import activate, train
 from service.adapters.activate import Progress, Spread
-from service.adapters.train import Cancelled, TooFewCaptions, TrainingFailed, TurnOver
+from service.adapters.encoder import Encoder, OtherBackbone
+from service.adapters.train import Cancelled, TooFewCaptions, Trainers, TrainingFailed, TurnOver
 from service.jobs import task_rows
 from service.jobs.queue import Jobs
 from service.jobs.task_rows import OPEN, Task
-from service.runtime import OtherBackbone, Runtime
 from service.storage import collection_rows
 from service.storage.blobs import BlobMissing
 from service.storage.faults import ERRNO, fault_of
 from service.storage.generation_rows import Generation
 from service.storage.rows import NotFound
+from service.storage.storage import Storage
 from service.upkeep import delete, import_collection
 from service.upkeep.import_collection import ImportFailed
 from service.videos import index, video_rows
+from service.videos.decoders import Decoders
 from service.videos.video_rows import Video
 from training.recipe import InvalidRecipe
 
@@ -96,8 +98,9 @@ class ChunkFailed(RuntimeError):
 class Shift:
     """The tasks that one worker runs, until it is told to stop. Without `jobs`, a task embeds its chunks by itself."""
 
-    def __init__(self, runtime: Runtime, jobs: Jobs | None = None) -> None:
-        self.runtime = runtime
+    def __init__(self, storage: Storage, encoder: Encoder, decoders: Decoders, jobs: Jobs | None = None) -> None:
+        self.storage, self.encoder, self.decoders = storage, encoder, decoders
+        self.trainers: Trainers = set()
         self._jobs = jobs
         self.stopping = threading.Event()
         self.running: dict[str, Task] = {}
@@ -123,11 +126,11 @@ class Shift:
         for chunk in chunks:
             self.pause_if_stopping()
             try:
-                with self.runtime.database.read() as connection:
+                with self.storage.database.read() as connection:
                     task = task_rows.task(connection, tenant, task_id)
                 if task.status not in OPEN or task.cancel_requested:
                     return None
-                activate.fill_chunk(self.runtime, tenant, generation, chunk)
+                activate.fill_chunk(self.storage, self.encoder, self.decoders, tenant, generation, chunk)
             except Exception as error:
                 self.pause_if_stopping()
                 code, detail = _reason(error)
@@ -137,15 +140,15 @@ class Shift:
     def stop(self) -> None:
         """Nothing new is started; what runs stops at its next report, training processes after a checkpoint."""
         self.stopping.set()
-        for child in self.runtime.trainers.copy():
+        for child in self.trainers.copy():
             child.terminate()
 
     def at_rest(self) -> bool:
-        return not self.running and all(child.poll() is not None for child in self.runtime.trainers.copy())
+        return not self.running and all(child.poll() is not None for child in self.trainers.copy())
 
     def others_wait_for_training(self, task: Task) -> list[str]:
         """Other tenants with a training that waits in the queue."""
-        with self.runtime.database.read() as connection:
+        with self.storage.database.read() as connection:
             waiting = [other for other in task_rows.open_tasks(connection) if other.kind == task.kind]
         mine = task.tenant_id
         return [t.tenant_id for t in waiting if t.status == "queued" and t.tenant_id != mine and not t.request.get("offline")]
@@ -165,7 +168,7 @@ class Shift:
 
     def give_back(self, task: Task, message: str = "the worker was restarted") -> None:
         """Puts a running task back into its queue; this start does not count."""
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             try:
                 attempts = max(0, task_rows.lock_task(connection, task.tenant_id, task.id).attempts - 1)
             except NotFound:
@@ -187,7 +190,7 @@ class Shift:
     def start_indexing(self, video: Video) -> None:
         """Hands the video's task to its queue; without queues it waits for whoever runs it."""
         if self._jobs is not None:
-            with self.runtime.database.read() as connection:
+            with self.storage.database.read() as connection:
                 task = task_rows.task(connection, video.tenant_id, video.task_id)
             self._jobs.enqueue(task)
 
@@ -217,7 +220,7 @@ class Shift:
         """Counts a start; None where there is nothing to be run."""
 
         def start() -> Task | None:
-            with self.runtime.database.write() as connection:
+            with self.storage.database.write() as connection:
                 try:
                     task = task_rows.lock_task(connection, tenant, task_id)
                 except NotFound:
@@ -235,7 +238,7 @@ class Shift:
         return patiently(start)
 
     def _is_deadly(self, task: Task) -> bool:
-        return task.status == "running" and task.attempts >= self.runtime.settings.job_deaths
+        return task.status == "running" and task.attempts >= self.storage.settings.job_deaths
 
     @contextmanager
     def _one_suspect_at_a_time(self, tenant: str, task_id: str) -> Iterator[None]:
@@ -259,7 +262,7 @@ class Shift:
 
     def _is_suspect(self, tenant: str, task_id: str) -> bool:
         def look() -> bool:
-            with self.runtime.database.read() as connection:
+            with self.storage.database.read() as connection:
                 return task_rows.task(connection, tenant, task_id).status == "running"
 
         try:
@@ -269,19 +272,19 @@ class Shift:
 
     def _put_off(self, task: Task, error: Exception, tries: int) -> dict[str, Any] | None:
         detail = _reason(error)[1]
-        if tries >= self.runtime.settings.job_tries and not _lasts(error):
+        if tries >= self.storage.settings.job_tries and not _lasts(error):
             self._end(task, "failed", {"code": "worker_failed", "detail": f"tried {tries} times: {detail}"})
             return None
         wait = min(LONGEST_WAIT, FIRST_WAIT * 3 ** (tries - 1)) * random.uniform(0.5, 1.5)
         log.warning("task_put_off", task=task.id, kind=task.kind, seconds=round(wait, 1), error=detail)
 
         def put_off() -> None:
-            with self.runtime.database.write() as connection:
+            with self.storage.database.write() as connection:
                 message = f"to be tried again within {wait:.0f} s: {detail}"
                 task_rows.stop_task(connection, task.tenant_id, task.id, message[:300], attempts=0)
 
         patiently(put_off)
-        return {"seconds": wait, "tries": min(tries + 1, self.runtime.settings.job_tries)}
+        return {"seconds": wait, "tries": min(tries + 1, self.storage.settings.job_tries)}
 
     def _end(
         self, task: Task, status: str, error: Mapping[str, str] | None = None, result: Mapping[str, Any] | None = None
@@ -289,7 +292,7 @@ class Shift:
         """Ends a task, unless it has ended; the video of an indexing task that did not succeed fails with the same reason."""
 
         def end() -> None:
-            with self.runtime.database.write() as connection:
+            with self.storage.database.write() as connection:
                 try:
                     now = task_rows.lock_task(connection, task.tenant_id, task.id)
                 except NotFound:
@@ -302,9 +305,9 @@ class Shift:
 
         patiently(end)
         if task.kind == "train_adapter":
-            train.discard(self.runtime, task)
+            train.discard(self.storage, task)
         elif task.kind == "import_collection":
-            import_collection.discard(self.runtime, task)
+            import_collection.discard(self.storage, task)
 
 
 class Report:
@@ -329,7 +332,7 @@ class Report:
             if (best, message) != (self._best, self._message):
                 self._best, self._message = best, message
                 cleared = {"attempts": 1} if best > self._before and not self.advanced else {}
-                with self._shift.runtime.database.write() as connection:
+                with self._shift.storage.database.write() as connection:
                     values = {"progress": best, "message": message, **cleared}
                     task_rows.set_task(connection, self._task.tenant_id, self._task.id, **values)
                 self.advanced = best > self._before
@@ -337,7 +340,7 @@ class Report:
 
     def check(self) -> None:
         self._shift.pause_if_stopping(self._task)
-        with self._shift.runtime.database.read() as connection:
+        with self._shift.storage.database.read() as connection:
             try:
                 task = task_rows.task(connection, self._task.tenant_id, self._task.id)
             except NotFound:
@@ -378,7 +381,9 @@ def _index_video(shift: Shift, task: Task, report: Report) -> None:
     def tell(share: float | None) -> None:
         report(0.0 if share is None else 0.5 + 0.5 * share, "decoding" if share is None else "embedding")
 
-    index.index_video(shift.runtime, task.tenant_id, task.request["video_id"], tell)  # ends its task itself, with the video
+    index.index_video(
+        shift.storage, shift.encoder, shift.decoders, task.tenant_id, task.request["video_id"], tell
+    )  # ends its task itself, with the video
 
 
 def _train_adapter(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
@@ -386,27 +391,39 @@ def _train_adapter(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
         return bool(shift.others_wait_for_training(task))
 
     shift.take_turn(task)
-    return train.train_adapter(shift.runtime, task.tenant_id, task, report, shift.spread(task), waited_for)
+    return train.train_adapter(
+        shift.storage,
+        shift.encoder,
+        shift.decoders,
+        shift.trainers,
+        task.tenant_id,
+        task,
+        report,
+        shift.spread(task),
+        waited_for,
+    )
 
 
 def _activate(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    return train.activate_adapter(shift.runtime, task.tenant_id, task, report, shift.spread(task))
+    return train.activate_adapter(
+        shift.storage, shift.encoder, shift.decoders, task.tenant_id, task, report, shift.spread(task)
+    )
 
 
 def _evaluate(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    with shift.runtime.database.read() as connection:
+    with shift.storage.database.read() as connection:
         name = collection_rows.collection_name(connection, task.tenant_id, str(task.collection_id))
-    found = train.evaluate(shift.runtime, task.tenant_id, name, task.request["split"]).found
+    found = train.evaluate(shift.storage, shift.encoder, task.tenant_id, name, task.request["split"]).found
     report.check()
     return found.to_json(intervals=True)
 
 
 def _purge(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    return delete.purge(shift.runtime, task)
+    return delete.purge(shift.storage, task)
 
 
 def _import_collection(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
-    return import_collection.import_for_task(shift.runtime, task, report, shift.start_indexing)
+    return import_collection.import_for_task(shift.storage, shift.encoder, shift.decoders, task, report, shift.start_indexing)
 
 
 KINDS: dict[str, Callable[[Shift, Task, Report], dict[str, Any] | None]] = {

@@ -21,15 +21,17 @@ from dbos import DBOS, DBOSConfig
 from dbos._serialization import DBOSPortableJSON
 
 from adapters_store import durable
+from service.adapters.encoder import Encoder
 from service.jobs import task_rows
 from service.jobs.queue import DEAD_SECONDS, GROUPS, QUEUES, VERSION, Jobs, rescue, sweep
 from service.jobs.run import Shift
 from service.logs import configure
-from service.runtime import Runtime
 from service.settings import Settings
 from service.storage import facts
+from service.storage.storage import Storage
 from service.storage.tables import now
 from service.upkeep import delete
+from service.videos.decoders import Decoders
 
 PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 30
@@ -47,10 +49,12 @@ class Worker:
     left are taken up again at once."""
 
     def __init__(self, settings: Settings, queues: Sequence[str], name: str) -> None:
-        self.runtime = Runtime(settings)
-        self.runtime.prepare()
+        self.storage = Storage(settings)
+        self.storage.prepare()
+        self.encoder = Encoder(self.storage)
+        self.decoders = Decoders(settings)
         self.jobs = Jobs(settings)
-        self.shift = Shift(self.runtime, self.jobs)
+        self.shift = Shift(self.storage, self.encoder, self.decoders, self.jobs)
         self._queues, self._name = queues, name
         self._steady_since = time.monotonic()  # since when no sign of life has failed or come late
 
@@ -60,7 +64,7 @@ class Worker:
         self.jobs.give_up(self._name)
         config: DBOSConfig = {
             "name": "polyclip",
-            "system_database_url": self.runtime.settings.jobs_database,
+            "system_database_url": self.storage.settings.jobs_database,
             "application_version": VERSION,
             "executor_id": self._name,
             "serializer": DBOSPortableJSON,
@@ -77,7 +81,7 @@ class Worker:
         def run_task(tenant: str, task_id: str, tries: int) -> None:
             if (again := run(tenant, task_id, tries)) is not None:
                 number = int(str(DBOS.workflow_id).partition(":")[2] or 0) + 1
-                with self.runtime.database.read() as connection:
+                with self.storage.database.read() as connection:
                     task = task_rows.task(connection, tenant, task_id)
                 self.jobs.enqueue(task, number, again["tries"], delay=again["seconds"])
 
@@ -114,7 +118,7 @@ class Worker:
         deadline = time.monotonic() + DRAIN_SECONDS
         while not self.shift.at_rest() and time.monotonic() < deadline:
             time.sleep(0.05)
-        for child in self.runtime.trainers.copy():
+        for child in self.shift.trainers.copy():
             child.kill()
         for task in list(self.shift.running.values()):
             self._guarded("not_given_back", partial(self.shift.give_back, task))
@@ -124,26 +128,26 @@ class Worker:
     def _keep_house(self) -> None:
         tidied: float | None = None
         while not self.shift.stopping.is_set():
-            self._guarded("sweep_failed", lambda: sweep(self.runtime, self.jobs))
+            self._guarded("sweep_failed", lambda: sweep(self.storage, self.jobs))
             if time.monotonic() - self._steady_since > DEAD_SECONDS:
-                self._guarded("sweep_failed", lambda: rescue(self.runtime, self.jobs))
+                self._guarded("sweep_failed", lambda: rescue(self.storage, self.jobs))
             if tidied is None or time.monotonic() - tidied > TIDY_SECONDS:
                 tidied = time.monotonic()
-                self._guarded("cleanup_failed", lambda: delete.sweep(self.runtime))
+                self._guarded("cleanup_failed", lambda: delete.sweep(self.storage))
                 self._guarded("cleanup_failed", self._forget)
             self.shift.stopping.wait(SWEEP_SECONDS)
 
     def _forget(self) -> None:
-        with self.runtime.database.write() as connection:
-            task_rows.forget_tasks(connection, now(-86400 * self.runtime.settings.keep_task_days))
+        with self.storage.database.write() as connection:
+            task_rows.forget_tasks(connection, now(-86400 * self.storage.settings.keep_task_days))
         self.jobs.forget()
 
     def _beat(self) -> None:
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             facts.worker_seen(connection, self._name)
 
     def _leave(self) -> None:
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             facts.worker_gone(connection, self._name)
 
     def _guarded(self, event: str, act: Callable[[], None]) -> None:

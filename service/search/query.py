@@ -21,7 +21,7 @@ from adapters_store import Lease, PinsExhausted
 from backbone import Tokens, rescore, threads
 from backbone.batcher import DeadlinePassed
 from indexer.index import Candidate, IndexView
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
 from service.search.filters import Filter
 from service.search.frame_vectors import FrameVectors
 from service.search.text_cache import TextCache, TextKey, TextVector, text_key
@@ -29,6 +29,7 @@ from service.search.views import Views
 from service.storage import collection_rows
 from service.storage.collection_rows import Collection
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 from service.videos import video_rows
 from service.videos.video_rows import Video
 
@@ -80,11 +81,11 @@ class _Question:
 class Searcher:
     """Answers queries; safe to use from several threads and from an event loop at once."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.texts = TextCache(runtime.settings.text_cache_bytes)
-        self.views = Views(runtime)
-        self.frames = FrameVectors(runtime.database, runtime.settings.frame_cache_bytes)
+    def __init__(self, storage: Storage, encoder: Encoder) -> None:
+        self._storage, self._encoder = storage, encoder
+        self.texts = TextCache(storage.settings.text_cache_bytes)
+        self.views = Views(storage, encoder)
+        self.frames = FrameVectors(storage.database, storage.settings.frame_cache_bytes)
         self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
         self._pinned: dict[str, str] = {}  # collection → digest
         self._lock = threading.Lock()
@@ -117,30 +118,30 @@ class Searcher:
             given_up.set()
 
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             collection, generation = collection_rows.active_generation(connection, tenant, collection_name)
         key = text_key(tenant, generation.digest, text)
         if not key.text:
             raise EmptyText("the text is empty")
-        self._runtime.check(generation)
+        self._encoder.check(generation)
         self._pin(collection, generation)
-        tokens = None if key in self.texts else self._runtime.backbone.tokenize([key.text])  # not on the event loop
+        tokens = None if key in self.texts else self._encoder.backbone.tokenize([key.text])  # not on the event loop
         return _Question(tenant, collection, generation, key, tokens)
 
     async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
         """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
-        runtime, seconds = self._runtime, self._runtime.settings.search_seconds
+        seconds = self._storage.settings.search_seconds
         tokens = question.tokens
         if tokens is None:
-            tokens = await to_thread.run_sync(runtime.backbone.tokenize, [question.key.text])
-        request = runtime.request_lease(question.generation)
+            tokens = await to_thread.run_sync(self._encoder.backbone.tokenize, [question.key.text])
+        request = self._encoder.request_lease(question.generation)
         try:
             lease: Lease | None = None
             if request is not None:
                 lease = await asyncio.wait_for(asyncio.wrap_future(request), seconds)
             clock.lap("adapter")
             row, deadline = (tokens.ids[0], lease), time.monotonic() + seconds
-            ticket = runtime.texts.submit(row, group=question.tenant, deadline=deadline)
+            ticket = self._encoder.texts.submit(row, group=question.tenant, deadline=deadline)
             vector = await asyncio.wrap_future(ticket)
             clock.took("queue", ticket.queued_seconds)
             return TextVector(vector, tokens.truncated[0])
@@ -170,7 +171,7 @@ class Searcher:
             candidates = self._rescore(tenant, generation, encoded.vector, candidates)
         clock.lap("rescore")
         hits, total = self._hits(tenant, candidates, group_by, wanted + 1)
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             pending = video_rows.pending_videos(connection, tenant, collection.id)
         clock.lap("load")
         return Found(hits, total, collection, generation, view.videos, pending, encoded.truncated, clock.timings())
@@ -183,11 +184,11 @@ class Searcher:
             if held == wanted:
                 return
             if held is not None:
-                self._runtime.residency.unpin(held, collection.id)
+                self._encoder.residency.unpin(held, collection.id)
                 del self._pinned[collection.id]
             if wanted is not None:
                 try:
-                    self._runtime.residency.pin(wanted, collection.id)
+                    self._encoder.residency.pin(wanted, collection.id)
                 except PinsExhausted as error:
                     log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
                 else:
@@ -198,8 +199,8 @@ class Searcher:
         if where is None:
             return None
         allowed: set[str] = set()
-        deadline = time.monotonic() + self._runtime.settings.search_seconds
-        with self._runtime.database.read() as connection:
+        deadline = time.monotonic() + self._storage.settings.search_seconds
+        with self._storage.database.read() as connection:
             for video, values in video_rows.filterable(connection, tenant, collection.id, where.metadata):
                 if given_up.is_set() or time.monotonic() > deadline:
                     raise DeadlinePassed("the filter took too long")
@@ -211,7 +212,7 @@ class Searcher:
         """What is ranked, the same for every page of a query: the nearest `candidates` segments; for hits by video also the
         nearest segment of further videos, up to so many videos, so that one of many segments keeps no other out.
         """
-        size = k = self._runtime.settings.candidates
+        size = k = self._storage.settings.candidates
         pool = view.search(query, k, allowed)
         named = {candidate.segment.video_id for candidate in pool}
         more = pool
@@ -247,7 +248,7 @@ class Searcher:
         while len(hits) < wanted and taken < len(candidates):
             part = candidates[taken : taken + wanted]
             taken += len(part)
-            with self._runtime.database.read() as connection:
+            with self._storage.database.read() as connection:
                 videos = video_rows.videos_by_id(connection, tenant, {c.segment.video_id for c in part})
             there = [(c.segment, c.score) for c in part if c.segment.video_id in videos]
             gone += len(part) - len(there)

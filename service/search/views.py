@@ -25,9 +25,10 @@ from sqlalchemy import Connection
 from indexer import snapshot
 from indexer.index import TOMBSTONE, IndexView, StaleView
 from indexer.snapshot import BadSnapshot
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
 from service.storage import segment_rows
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 
 log = structlog.get_logger()
 
@@ -57,9 +58,9 @@ class _Opened:
 class Views:
     """Safe to use from several threads. `bytes` is the memory of all open views."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._folder = runtime.settings.snapshots
+    def __init__(self, storage: Storage, encoder: Encoder) -> None:
+        self._storage, self._encoder = storage, encoder
+        self._folder = storage.settings.snapshots
         self.bytes = 0
         self._views: OrderedDict[Key, _Opened] = OrderedDict()  # least recently used first
         self._opening: dict[Key, Future[_Opened]] = {}
@@ -126,9 +127,9 @@ class Views:
     def _open(self, key: Key) -> _Opened:
         path = self._path(key)
         try:
-            view = snapshot.read(path, self._runtime.backbone.embed_dim, key._asdict())
+            view = snapshot.read(path, self._encoder.backbone.embed_dim, key._asdict())
             if view is not None:
-                with self._runtime.database.read() as connection:
+                with self._storage.database.read() as connection:
                     _check(connection, key, view)
                 with suppress(OSError):
                     os.utime(path)  # the least recently used go first
@@ -138,10 +139,10 @@ class Views:
         return _Opened(self._from_rows(key))
 
     def _from_rows(self, key: Key) -> IndexView:
-        return self._followed(key, IndexView(self._runtime.backbone.embed_dim))
+        return self._followed(key, IndexView(self._encoder.backbone.embed_dim))
 
     def _followed(self, key: Key, view: IndexView) -> IndexView:
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             _follow(connection, key, view)
         return view
 
@@ -154,7 +155,7 @@ class Views:
                 opened.bytes = size
                 if opened.view.due is not None or _unsaved(opened) >= SHARE * len(opened.view):
                     self._tend_later(key, opened)
-            while self.bytes > self._runtime.settings.view_bytes and len(self._views) > 1:
+            while self.bytes > self._storage.settings.view_bytes and len(self._views) > 1:
                 oldest, evicted = self._views.popitem(last=False)
                 self.bytes -= evicted.bytes
                 self._tend_later(oldest, evicted)
@@ -189,7 +190,7 @@ class Views:
 
     def _save(self, key: Key, opened: _Opened) -> None:
         started, changes = time.monotonic(), opened.view.changes
-        if self._runtime.settings.snapshot_bytes:
+        if self._storage.settings.snapshot_bytes:
             path = self._path(key)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ class Views:
 
     def _still_searched(self, key: Key, view: IndexView) -> None:
         """Follows the rows. Raises StaleView where no search uses them any more: they are deleted, or will be."""
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             if key.vector_set not in segment_rows.searched_sets(connection, key.tenant):
                 raise StaleView("no search uses it")
             _follow(connection, key, view)
@@ -220,10 +221,10 @@ class Views:
                 else:
                     kept.append((status.st_mtime, status.st_size, path))
         wanted: dict[str, set[str]] = {}
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             for tenant in {path.parent.name for _, _, path in kept}:
                 wanted[tenant] = segment_rows.searched_sets(connection, tenant)
-        room = self._runtime.settings.snapshot_bytes
+        room = self._storage.settings.snapshot_bytes
         for _, size, path in sorted(kept, reverse=True):
             room -= size if path.stem in wanted[path.parent.name] else 0
             if room < 0 or path.stem not in wanted[path.parent.name]:
@@ -233,7 +234,7 @@ class Views:
                 folder.rmdir()  # if it is empty
 
     def _path(self, key: Key) -> Path:
-        return _snapshot(self._runtime, key.tenant, key.vector_set)
+        return _snapshot(self._storage, key.tenant, key.vector_set)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -243,17 +244,17 @@ class Views:
                 log.exception("view_not_tended")
 
 
-def forget(runtime: Runtime, tenant: str, vector_sets: Iterable[str]) -> None:
+def forget(storage: Storage, tenant: str, vector_sets: Iterable[str]) -> None:
     """Removes the snapshots of these vector sets, which hold vectors that have been marked as deleted in a transaction before.
 
     One that another process writes at the same time does not come to be, or is without them.
     """
     for vector_set in vector_sets:
-        snapshot.remove(_snapshot(runtime, tenant, vector_set))
+        snapshot.remove(_snapshot(storage, tenant, vector_set))
 
 
-def _snapshot(runtime: Runtime, tenant: str, vector_set: str) -> Path:
-    return runtime.settings.snapshots / tenant / f"{vector_set}.view"
+def _snapshot(storage: Storage, tenant: str, vector_set: str) -> Path:
+    return storage.settings.snapshots / tenant / f"{vector_set}.view"
 
 
 def _unsaved(opened: _Opened) -> int:

@@ -20,11 +20,11 @@ from sqlalchemy import Connection
 from service.adapters import adapter_rows
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.search import views
 from service.storage import collection_rows, facts, generation_rows, segment_rows, tenant_rows
 from service.storage.blobs import adapter_key
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 from service.upkeep import erase_rows
 from service.videos import index, video_rows
 
@@ -77,181 +77,181 @@ def _purge_of(
     return task_rows.add_task(connection, tenant, collection, "purge", {"what": what, "id": name})
 
 
-def purge(runtime: Runtime, task: Task) -> dict[str, Any]:
+def purge(storage: Storage, task: Task) -> dict[str, Any]:
     """Does what a purge task asks, and sees to it that it cannot be read in the database's files either."""
-    _purge(runtime, task.tenant_id, task.collection_id, task.request["what"], task.request["id"])
-    with runtime.database.write() as connection:
+    _purge(storage, task.tenant_id, task.collection_id, task.request["what"], task.request["id"])
+    with storage.database.write() as connection:
         facts.set_fact(connection, "traces", True)
         others = [t for t in task_rows.open_tasks(connection) if t.kind == "purge" and t.id != task.id]
     if not others:  # the last of several does it for all
-        _scrub(runtime, anew=task.request["what"] != "video")
+        _scrub(storage, anew=task.request["what"] != "video")
     return dict(task.request)
 
 
-def _scrub(runtime: Runtime, anew: bool) -> None:
+def _scrub(storage: Storage, anew: bool) -> None:
     """Writes the database anew for large purges at once, for single videos when the sweep comes: others cannot write then."""
-    if runtime.database.scrub(anew):
-        with runtime.database.write() as connection:
+    if storage.database.scrub(anew):
+        with storage.database.write() as connection:
             facts.set_fact(connection, "traces", False)
     elif anew:
         log.warning("traces_left", hint="VACUUM the database at a quiet hour")
 
 
-def _purge(runtime: Runtime, tenant: str, collection: str | None, what: str, name: str) -> None:
+def _purge(storage: Storage, tenant: str, collection: str | None, what: str, name: str) -> None:
     if what == "video":
-        purge_video(runtime, tenant, str(collection), name)
+        purge_video(storage, tenant, str(collection), name)
     elif what == "adapter":
-        purge_adapter(runtime, tenant, str(collection), name)
+        purge_adapter(storage, tenant, str(collection), name)
     elif what == "collection":
-        purge_collection(runtime, tenant, name)
+        purge_collection(storage, tenant, name)
     else:
-        purge_tenant(runtime, name)
+        purge_tenant(storage, name)
     log.info("purged", what=what, id=name)
 
 
-def purge_video(runtime: Runtime, tenant: str, collection: str, video: str) -> None:
+def purge_video(storage: Storage, tenant: str, collection: str, video: str) -> None:
     """Files and rows of a deleted video; its vectors went with the mark."""
-    index.remove_files(runtime, collection, video)
-    with runtime.database.write() as connection:
-        views.forget(runtime, tenant, generation_rows.vector_sets(connection, tenant, collection))
+    index.remove_files(storage, collection, video)
+    with storage.database.write() as connection:
+        views.forget(storage, tenant, generation_rows.vector_sets(connection, tenant, collection))
         erase_rows.erase_videos(connection, tenant, [video])
 
 
-def purge_adapter(runtime: Runtime, tenant: str, collection: str, adapter: str) -> None:
+def purge_adapter(storage: Storage, tenant: str, collection: str, adapter: str) -> None:
     """A deleted adapter with its generations; nothing if the same bytes have been published again meanwhile."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         collection_rows.lock_collection(connection, tenant, collection)
         erased = erase_rows.erase_adapter(connection, tenant, collection, adapter)
         if erased is not None:
-            runtime.blobs.delete(adapter_key(collection, erased[0]))
-            views.forget(runtime, tenant, erased[1])
-    _drop_orphaned_vectors(runtime)  # after a crash at this point too, when nothing else tells whose they were
+            storage.blobs.delete(adapter_key(collection, erased[0]))
+            views.forget(storage, tenant, erased[1])
+    _drop_orphaned_vectors(storage)  # after a crash at this point too, when nothing else tells whose they were
 
 
-def purge_collection(runtime: Runtime, tenant: str, collection: str) -> None:
+def purge_collection(storage: Storage, tenant: str, collection: str) -> None:
     """Everything of a deleted collection, its own row last."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         if not erase_rows.is_marked(connection, tenant, collection):
             return
         known = generation_rows.generations_of(connection, tenant, collection)
     for generation in known:
-        drop_vectors(runtime, tenant, generation.id)
+        drop_vectors(storage, tenant, generation.id)
     erased = VIDEOS
     while erased:
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             some = erase_rows.some_videos(connection, tenant, collection, VIDEOS)
             erased = erase_rows.erase_videos(connection, tenant, some)
         time.sleep(PAUSE)
     for kind in KINDS:
-        runtime.blobs.delete_all(f"{kind}/{collection}/")
-    with runtime.database.write() as connection:
+        storage.blobs.delete_all(f"{kind}/{collection}/")
+    with storage.database.write() as connection:
         erase_rows.erase_collection(connection, tenant, collection)
 
 
-def purge_tenant(runtime: Runtime, tenant: str) -> None:
+def purge_tenant(storage: Storage, tenant: str) -> None:
     """Everything of a deleted tenant, its own row last."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         theirs = erase_rows.all_collections(connection, tenant)
     for collection in theirs:
-        purge_collection(runtime, tenant, collection)
-    with runtime.database.write() as connection:
+        purge_collection(storage, tenant, collection)
+    with storage.database.write() as connection:
         erase_rows.erase_tenant(connection, tenant)
 
 
-def remove_generation(runtime: Runtime, generation: Generation) -> bool:
+def remove_generation(storage: Storage, generation: Generation) -> bool:
     """Removes a retired generation and its vectors; False if it is in use again, or another one searches its vectors."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         collection_rows.lock_collection(connection, generation.tenant_id, generation.collection_id)
         if not generation_rows.remove_generation(connection, generation.tenant_id, generation.id):
             return False
-    drop_vectors(runtime, generation.tenant_id, generation.id)
+    drop_vectors(storage, generation.tenant_id, generation.id)
     return True
 
 
-def retain(runtime: Runtime, settled: float = SETTLED) -> int:
+def retain(storage: Storage, settled: float = SETTLED) -> int:
     """Removes the retired generations that no collection's settings keep; returns their number.
 
     The frozen backbone's generation stays in any case: the way back to it is short, and text-only adapters search its vectors.
     """
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         retired = generation_rows.retired_generations(connection)
     kept: Counter[str] = Counter()
     removed = 0
     for generation, own in retired:
         since = generation.retired_at or generation.activated_at or generation.created_at
         age = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
-        days = own.get("keep_generation_days", runtime.settings.keep_generation_days)
-        most = own.get("keep_generations", runtime.settings.keep_generations)
+        days = own.get("keep_generation_days", storage.settings.keep_generation_days)
+        most = own.get("keep_generations", storage.settings.keep_generations)
         if age <= settled or (age <= 86400 * days and kept[generation.collection_id] < most):
             kept[generation.collection_id] += 1
         else:
-            removed += remove_generation(runtime, generation)
+            removed += remove_generation(storage, generation)
     return removed
 
 
-def sweep(runtime: Runtime, grace: float = GRACE) -> None:
+def sweep(storage: Storage, grace: float = GRACE) -> None:
     """All that a crash may have left, and what retention lets go. For a worker, at its start and about once an hour."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         abandoned = generation_rows.retire_abandoned(connection)
     before = datetime.now(UTC) - timedelta(seconds=grace)
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         forgotten = erase_rows.forgotten(connection, before.isoformat(timespec="microseconds").replace("+00:00", "Z"))
     for what, tenant, collection, name in forgotten:
         try:
-            _purge(runtime, tenant, collection, what, name)
+            _purge(storage, tenant, collection, what, name)
         except Exception:  # one that cannot go now does not hold up the others
             log.exception("purge_failed", what=what, id=name)
-    removed = retain(runtime)
-    orphans = sweep_orphans(runtime, grace)
-    with runtime.database.read() as connection:
+    removed = retain(storage)
+    orphans = sweep_orphans(storage, grace)
+    with storage.database.read() as connection:
         traces = facts.fact(connection, "traces")
     if traces or forgotten:
-        _scrub(runtime, anew=True)
+        _scrub(storage, anew=True)
     log.info("swept", abandoned=abandoned, forgotten=len(forgotten), generations=removed, **orphans)
 
 
-def sweep_orphans(runtime: Runtime, grace: float = GRACE) -> dict[str, int]:
+def sweep_orphans(storage: Storage, grace: float = GRACE) -> dict[str, int]:
     """Vectors without a generation, files without a row, scratch of trainings that have ended; how many of each there were.
 
     No file younger than `grace` seconds is touched.
     """
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         training = {f"train-{task.id}" for task in task_rows.open_tasks(connection)}
-    sets = _drop_orphaned_vectors(runtime)
-    left = [path for path in runtime.settings.scratch.glob("train-*") if path.name not in training]
+    sets = _drop_orphaned_vectors(storage)
+    left = [path for path in storage.settings.scratch.glob("train-*") if path.name not in training]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
-    runtime.blobs.sweep_scratch()
+    storage.blobs.sweep_scratch()
     files = 0
-    for key in orphans(runtime, grace):
-        runtime.blobs.delete(key)
+    for key in orphans(storage, grace):
+        storage.blobs.delete(key)
         files += 1
     for kind in KINDS:
-        folders = runtime.blobs.folders(f"{kind}/")
-        with runtime.database.read() as connection:
+        folders = storage.blobs.folders(f"{kind}/")
+        with storage.database.read() as connection:
             unknown = set(folders) - erase_rows.known_collections(connection, folders)
         for folder in unknown:  # what a job left that ended after its collection's purge
-            if not runtime.blobs.keys(f"{kind}/{folder}/"):
-                runtime.blobs.delete_all(f"{kind}/{folder}/")
+            if not storage.blobs.keys(f"{kind}/{folder}/"):
+                storage.blobs.delete_all(f"{kind}/{folder}/")
     return {"vector_sets": sets, "files": files, "scratch": len(left)}
 
 
-def orphans(runtime: Runtime, grace: float = GRACE) -> Iterator[str]:
+def orphans(storage: Storage, grace: float = GRACE) -> Iterator[str]:
     """Keys of files, `grace` seconds old at least, that belong to no row and, of archives that came in, to no open task."""
     for kind in KINDS:
-        for keys in runtime.blobs.older(f"{kind}/", grace):
-            yield from _unknown(runtime, kind, keys)
-    for keys in runtime.blobs.older("imports/", grace):
-        with runtime.database.read() as connection:
+        for keys in storage.blobs.older(f"{kind}/", grace):
+            yield from _unknown(storage, kind, keys)
+    for keys in storage.blobs.older("imports/", grace):
+        with storage.database.read() as connection:
             wanted = {task.request.get("archive") for task in task_rows.open_tasks(connection)}
         yield from set(keys) - wanted
 
 
-def _unknown(runtime: Runtime, kind: str, keys: Iterable[str]) -> list[str]:
+def _unknown(storage: Storage, kind: str, keys: Iterable[str]) -> list[str]:
     """Those of these keys whose owner has no row; keys that are none of ours are left alone."""
     parts = {key: key.split("/") for key in keys}
     owners = {key: (p[1], p[2].split(".")[0]) for key, p in parts.items() if len(p) > 2}
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         if kind == "adapters":
             adapters = erase_rows.known_adapters(connection, owners.values())
             return [key for key, owner in owners.items() if owner not in adapters]
@@ -259,20 +259,20 @@ def _unknown(runtime: Runtime, kind: str, keys: Iterable[str]) -> list[str]:
         return [key for key, (_, video) in owners.items() if video not in videos]
 
 
-def _drop_orphaned_vectors(runtime: Runtime) -> int:
-    with runtime.database.read() as connection:
+def _drop_orphaned_vectors(storage: Storage) -> int:
+    with storage.database.read() as connection:
         sets = erase_rows.orphaned_vector_sets(connection)
     for vector_set in sets:
-        drop_vectors(runtime, None, vector_set)
+        drop_vectors(storage, None, vector_set)
     return len(sets)
 
 
-def drop_vectors(runtime: Runtime, tenant: str | None, vector_set: str) -> None:
+def drop_vectors(storage: Storage, tenant: str | None, vector_set: str) -> None:
     """In parts, so that the database's write lock is never held for long."""
     if tenant is not None:
-        views.forget(runtime, tenant, [vector_set])
+        views.forget(storage, tenant, [vector_set])
     dropped = VECTORS
     while dropped == VECTORS:
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             dropped = segment_rows.drop_vectors(connection, tenant, vector_set, VECTORS)
         time.sleep(PAUSE)

@@ -15,10 +15,10 @@ from importlib.metadata import version
 from typing import Any
 
 from service.adapters.adapter_rows import AdapterVersion
-from service.runtime import Runtime
 from service.storage import collection_rows, facts, generation_rows
 from service.storage.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key, video_key
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 from service.storage.tables import now
 from service.upkeep import archive_rows
 from service.upkeep.archive import CHUNK, CONTENTS, FIRST, FORMAT, Writer, gathered
@@ -37,15 +37,16 @@ class Export:
     is `damaged`: videos without their frames or file, adapters without their tensors.
     """
 
-    def __init__(self, runtime: Runtime, tenant: str, name: str, files: bool, every_generation: bool = False) -> None:
+    def __init__(self, storage: Storage, tenant: str, name: str, files: bool, every_generation: bool = False) -> None:
         """Reads the rows. `files`: the uploaded files too; `every_generation`: the vectors of retired ones too.
 
         Raises NotFound, and BlobMissing where the adapter in use is missing or damaged.
         """
-        self._runtime, self._tenant, self._files = runtime, tenant, files
+        self._storage = storage
+        self._tenant, self._files = tenant, files
         self.left_out: dict[str, list[str]] = {"failed": [], "unfinished": [], "deleted": [], "damaged": []}
         self.videos = self.bytes = self.written = 0
-        with runtime.database.read() as connection:
+        with storage.database.read() as connection:
             archive_rows.freeze(connection)
             self.collection, active = collection_rows.active_generation(connection, tenant, name)
             known = generation_rows.generations_of(connection, tenant, self.collection.id)
@@ -53,7 +54,7 @@ class Export:
             self._versions = [v for v in versions if self._whole(v, needed=v.id == active.adapter_id)]
             self._generations = _exported(active, known, self._versions, every_generation)
             self._backbone = facts.fact(connection, "backbone")
-            self._rows = tempfile.TemporaryFile(dir=runtime.settings.scratch)  # noqa: SIM115
+            self._rows = tempfile.TemporaryFile(dir=storage.settings.scratch)  # noqa: SIM115
             after = ""
             while page := archive_rows.videos_after(connection, tenant, self.collection.id, after, PAGE):
                 captions = video_rows.captions_of(connection, tenant, [video.id for video in page])
@@ -66,8 +67,8 @@ class Export:
         return gathered(self._chunks(progress))
 
     def _chunks(self, progress: Tell) -> Iterator[bytes]:
-        blobs, key = self._runtime.blobs, self.collection.id
-        with self._rows, tempfile.TemporaryFile(dir=self._runtime.settings.scratch) as sums:
+        blobs, key = self._storage.blobs, self.collection.id
+        with self._rows, tempfile.TemporaryFile(dir=self._storage.settings.scratch) as sums:
             writer = Writer(sums, time.time())
             yield from writer.whole(FIRST, _json(self._manifest()))
             for each in self._versions:
@@ -121,7 +122,7 @@ class Export:
 
     def _whole(self, adapter: AdapterVersion, needed: bool) -> bool:
         try:
-            data = self._runtime.blobs.get(adapter_key(self.collection.id, adapter.digest))
+            data = self._storage.blobs.get(adapter_key(self.collection.id, adapter.digest))
             if hashlib.sha256(data).hexdigest() == adapter.digest:
                 return True
         except BlobMissing:
@@ -141,7 +142,7 @@ class Export:
         frames = self._opened(frames_key(collection, video), held) if media else None
         thumbnails = [self._opened(thumbnail_key(collection, video, i), held) for i in range((media or {}).get("segments", 0))]
         file = self._opened(video_key(collection, video), held) if self._files and not without_file else None
-        with self._runtime.database.read() as connection:
+        with self._storage.database.read() as connection:
             if video not in video_rows.videos_by_id(connection, self._tenant, [video]):
                 self.left_out["deleted"].append(video)
                 return {}
@@ -166,7 +167,7 @@ class Export:
 
     def _opened(self, key: str, held: ExitStack) -> tuple[int, Iterator[bytes]] | None:
         try:
-            file = held.enter_context(held.enter_context(self._runtime.blobs.local(key)).open("rb"))
+            file = held.enter_context(held.enter_context(self._storage.blobs.local(key)).open("rb"))
         except (BlobMissing, FileNotFoundError):
             return None
         size = file.seek(0, 2)

@@ -23,20 +23,22 @@ import adapters_store
 from indexer.decode import DecodedVideo, DecodeError, MediaFacts
 from indexer.frames import pack_frames
 from service.adapters import train
+from service.adapters.encoder import Encoder
 from service.http import uploads
 from service.http.schemas import MAX_CAPTIONS, CaptionIn, CollectionSettings, settings_json
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.settings import SHORTEST_SEGMENT
 from service.storage import segment_rows, tenant_rows
 from service.storage.blobs import adapter_key, frames_key, thumbnail_key, video_key
 from service.storage.rows import AlreadyExists, InvalidName, QuotaExceeded
+from service.storage.storage import Storage
 from service.storage.tables import new_id, now
 from service.storage.tenant_rows import Tenant
 from service.upkeep import archive_rows, delete
 from service.upkeep.archive import FIRST, Archive, InvalidArchive, Member
 from service.upkeep.export_collection import Tell
 from service.videos import vectors
+from service.videos.decoders import Decoders
 from service.videos.index import sampling
 from service.videos.video_rows import Caption, Video
 
@@ -83,7 +85,9 @@ class Imported:
 
 
 def import_archive(
-    runtime: Runtime,
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
     tenant: Tenant,
     path: Path,
     *,
@@ -101,8 +105,8 @@ def import_archive(
     collection = collection or new_id("col")
     with Archive(path) as archive:
         contents = archive.verify(lambda share: progress(VERIFYING * share, "checking the archive"))
-        arrival = _Arrival(runtime, tenant, collection, archive, name, re_embed)
-        delete.purge_collection(runtime, tenant.id, collection)
+        arrival = _Arrival(storage, encoder, decoders, tenant, collection, archive, name, re_embed)
+        delete.purge_collection(storage, tenant.id, collection)
         try:
             arrival.begin()
             for folder, members in groupby(archive.members(), key=lambda member: member.folder):
@@ -115,34 +119,38 @@ def import_archive(
                 raise InvalidArchive(f"the archive holds {len(arrival.ids)} videos, its contents say {contents.get('videos')}")
             return arrival.reveal()
         except BaseException:
-            delete.purge_collection(runtime, tenant.id, collection)
+            delete.purge_collection(storage, tenant.id, collection)
             raise
 
 
-def look(runtime: Runtime, tenant: Tenant, path: Path, name: str | None, re_embed: bool) -> str:
+def look(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: Tenant, path: Path, name: str | None, re_embed: bool
+) -> str:
     """The name that an import would give the collection. Raises what the archive's beginning is enough to refuse it for."""
-    with Archive(path) as archive, runtime.database.read() as connection:
-        arrival = _Arrival(runtime, tenant, "", archive, name, re_embed)
+    with Archive(path) as archive, storage.database.read() as connection:
+        arrival = _Arrival(storage, encoder, decoders, tenant, "", archive, name, re_embed)
         arrival.check_room(connection)
         return arrival.name
 
 
-def import_for_task(runtime: Runtime, task: Task, progress: Tell, start: Callable[[Video], None]) -> dict[str, Any]:
+def import_for_task(
+    storage: Storage, encoder: Encoder, decoders: Decoders, task: Task, progress: Tell, start: Callable[[Video], None]
+) -> dict[str, Any]:
     """The job of an import over HTTP; it may be run again after a crash. `start`: for videos that have yet to be indexed.
 
     Raises ImportFailed.
     """
     collection = _collection_of(task)
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         tenant = tenant_rows.tenant_named(connection, task.request["tenant"])
         if (
             name := archive_rows.name_if_visible(connection, tenant.id, collection)
         ) is not None:  # a crash came after the last step
             return {"collection_id": collection, "collection": name}
     try:
-        with runtime.blobs.local(task.request["archive"]) as path:
+        with storage.blobs.local(task.request["archive"]) as path:
             wish = {"name": task.request["collection"], "re_embed": task.request["re_embed"]}
-            done = import_archive(runtime, tenant, path, collection=collection, progress=progress, **wish)
+            done = import_archive(storage, encoder, decoders, tenant, path, collection=collection, progress=progress, **wish)
     except tuple(CODES) as error:
         raise ImportFailed(CODES[type(error)], str(error)) from error
     for video in done.queued:
@@ -150,10 +158,10 @@ def import_for_task(runtime: Runtime, task: Task, progress: Tell, start: Callabl
     return done.to_json()
 
 
-def discard(runtime: Runtime, task: Task) -> None:
+def discard(storage: Storage, task: Task) -> None:
     """What an import that has ended needs no more: the stored archive, and whatever it has left out of sight."""
-    runtime.blobs.delete(task.request["archive"])
-    delete.purge_collection(runtime, task.tenant_id, _collection_of(task))
+    storage.blobs.delete(task.request["archive"])
+    delete.purge_collection(storage, task.tenant_id, _collection_of(task))
 
 
 def _collection_of(task: Task) -> str:
@@ -165,9 +173,18 @@ class _Arrival:
     """An import under way: what the manifest promises, and what has been taken in, out of sight, of a checked archive."""
 
     def __init__(
-        self, runtime: Runtime, tenant: Tenant, collection: str, archive: Archive, name: str | None, re_embed: bool
+        self,
+        storage: Storage,
+        encoder: Encoder,
+        decoders: Decoders,
+        tenant: Tenant,
+        collection: str,
+        archive: Archive,
+        name: str | None,
+        re_embed: bool,
     ) -> None:
-        self._runtime, self._tenant, self._collection, self._archive = runtime, tenant, collection, archive
+        self._storage, self._encoder, self._decoders = storage, encoder, decoders
+        self._tenant, self._collection, self._archive = tenant, collection, archive
         self.ids: set[str] = set()  # of the archive's videos that have been taken in
         self._new_ids: dict[str, str] = {}
         manifest = archive.manifest()
@@ -188,9 +205,9 @@ class _Arrival:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidArchive(f"{FIRST} is not what it should be: {_one_line(error)}") from error
         self.left_out: list[str] = []
-        if fingerprint != runtime.backbone.fingerprint:
+        if fingerprint != encoder.backbone.fingerprint:
             if not re_embed:
-                own, named = runtime.backbone, manifest["backbone"].get("name")
+                own, named = encoder.backbone, manifest["backbone"].get("name")
                 raise ArchiveOfOtherBackbone(
                     f"the archive was made with backbone {named!r:.80} ({fingerprint:.12}), this one is {own.name} "
                     f"({own.fingerprint[:12]}): its frames can be embedded anew, its adapters cannot come along"
@@ -223,11 +240,11 @@ class _Arrival:
 
     def begin(self) -> None:
         """A collection that nobody sees yet, its adapters and generations."""
-        runtime, tenant = self._runtime, self._tenant
+        tenant = self._tenant
         new = {own: new_id("gen") for own, *_ in self._generations}
         self._sets = {own: new[own] for own, _, vector_set, _ in self._generations if own == vector_set}
         self._active_set, active = next((shared, new[own]) for own, _, shared, is_active in self._generations if is_active)
-        with runtime.database.write() as connection:
+        with self._storage.database.write() as connection:
             self.check_room(connection)
             archive_rows.add_hidden_collection(connection, tenant, self._collection, self.name, self._settings, active)
         parts = {m.name: m for m in takewhile(lambda m: not m.name.startswith("videos/"), self._archive.members())}
@@ -236,18 +253,18 @@ class _Arrival:
             try:
                 data = self._archive.read(parts[f"adapters/{digest}.safetensors"], adapters_store.artifact.MAX_BYTES)
                 told = self._archive.json(parts[f"adapters/{digest}.json"])
-                train.check_adapter(runtime, data)
+                train.check_adapter(self._storage, self._encoder, data)
                 manifest = adapters_store.describe(data, **self._origin(told))
                 if manifest.digest != digest:
                     raise InvalidArchive("it is another one")
             except (KeyError, TypeError, ValueError) as error:
                 raise InvalidArchive(f"adapter {digest:.12}: {_one_line(error)}") from error
-            runtime.blobs.put(adapter_key(self._collection, digest), data)
+            self._storage.blobs.put(adapter_key(self._collection, digest), data)
             manifests.append((number, manifest.to_json(), created_at))
         scopes = {told["digest"]: told["scope"] for _, told, _ in manifests}
         if any(own != vector_set and scopes[str(a)] != "text" for own, a, vector_set, _ in self._generations):
             raise InvalidArchive(f"{FIRST}: an adapter of both towers has no vectors of its own")
-        with runtime.database.write() as connection:
+        with self._storage.database.write() as connection:
             rows: dict[str | None, str | None] = {None: None}
             for number, told, created_at in manifests:
                 added = archive_rows.add_moved_adapter(connection, tenant.id, self._collection, number, told, created_at)
@@ -255,7 +272,7 @@ class _Arrival:
             for own, adapter, vector_set, is_active in self._generations:
                 archive_rows.add_moved_generation(
                     connection, tenant.id, self._collection, new[own], rows[adapter],
-                    runtime.backbone.fingerprint, new[vector_set], is_active,
+                    self._encoder.backbone.fingerprint, new[vector_set], is_active,
                 )  # fmt: skip
 
     def take(self, theirs: str, parts: Mapping[str, Member]) -> None:
@@ -263,8 +280,8 @@ class _Arrival:
         if theirs in self.ids or "video.json" not in parts:
             raise InvalidArchive(f"videos/{theirs}: there twice, or without its video.json")
         self.ids.add(theirs)
-        runtime, collection, video = self._runtime, self._collection, self._new_id(theirs)
-        with tempfile.TemporaryDirectory(dir=runtime.settings.scratch, prefix="import-") as name:
+        collection, video = self._collection, self._new_id(theirs)
+        with tempfile.TemporaryDirectory(dir=self._storage.settings.scratch, prefix="import-") as name:
             folder = Path(name)
             try:
                 row, captions, facts = _told(self._archive.json(parts["video.json"]))
@@ -277,22 +294,22 @@ class _Arrival:
             except (KeyError, DecodeError, vectors.InvalidVectors, uploads.UnsupportedMedia, InvalidArchive) as error:
                 raise InvalidArchive(f"videos/{theirs}: {_one_line(error)}") from error
             if "file" in parts:
-                runtime.blobs.put_file(video_key(collection, video), folder / "file")
+                self._storage.blobs.put_file(video_key(collection, video), folder / "file")
             if decoded is not None:
                 for ordinal, segment in enumerate(decoded.segments):
                     thumbnail = self._thumbnail(parts.get(f"thumbnails/{ordinal:04d}.jpg"), folder / segment.thumbnail_file)
-                    runtime.blobs.put(thumbnail_key(collection, video, ordinal), thumbnail)
-                runtime.blobs.put(frames_key(collection, video), pack_frames(decoded, folder))
+                    self._storage.blobs.put(thumbnail_key(collection, video, ordinal), thumbnail)
+                self._storage.blobs.put(frames_key(collection, video), pack_frames(decoded, folder))
                 row["media"] = {**asdict(decoded.facts), "segments": len(decoded.segments)}
                 row["media"] |= {} if "file" in parts else {"stored": False}
         row["status"] = "pending" if decoded is None else "ready" if self._active_set in rows else "queued"
-        with runtime.database.write() as connection:
+        with self._storage.database.write() as connection:
             archive_rows.add_moved_video(connection, self._tenant.id, collection, {"id": video, **row}, captions)
             for vector_set, segments in rows.items():
                 segment_rows.add_segments(connection, self._tenant.id, video, self._sets[vector_set], segments)
 
     def reveal(self) -> Imported:
-        with self._runtime.database.write() as connection:
+        with self._storage.database.write() as connection:
             queued = archive_rows.reveal(connection, self._tenant, self._collection)
         return Imported(self._collection, self.name, len(self.ids), queued, len(self.adapters), self.left_out)
 
@@ -313,16 +330,18 @@ class _Arrival:
 
     def _frames(self, member: Member, facts: MediaFacts, folder: Path) -> DecodedVideo:
         """The frames, each looked at in the decoder's cage, in `folder`."""
-        if member.size > (limit := self._runtime.settings.decode_output_bytes):
+        if member.size > (limit := self._storage.settings.decode_output_bytes):
             raise InvalidArchive(f"{member.name} may have {limit} bytes, it has {member.size}")
         with (folder / "frames.zip").open("wb") as file:
             file.writelines(self._archive.chunks(member))
-        return self._runtime.decoder.reopen(folder / "frames.zip", folder, facts, sampling(self._runtime, self._settings))
+        return self._decoders.reopen(
+            folder / "frames.zip", folder, facts, sampling(self._storage, self._encoder, self._settings)
+        )
 
     def _vectors(self, parts: Mapping[str, Member], decoded: DecodedVideo) -> dict[str, list[dict[str, Any]]]:
         segments = [(s.start, s.end, len(s.frame_files)) for s in decoded.segments]
         found = {own: parts.get(f"vectors/{own}.safetensors") for own in self._sets}
-        dim = self._runtime.backbone.embed_dim
+        dim = self._encoder.backbone.embed_dim
         return {
             own: vectors.unpack(self._archive.read(member, VECTORS_BYTES), dim, segments)
             for own, member in found.items()
@@ -331,7 +350,7 @@ class _Arrival:
 
     def _file(self, member: Member, row: Mapping[str, Any], path: Path) -> None:
         """The uploaded file, with the checks of an upload."""
-        if member.size != row["size"] or member.size > self._runtime.settings.max_video_bytes:
+        if member.size != row["size"] or member.size > self._storage.settings.max_video_bytes:
             raise InvalidArchive(f"the file has {member.size} bytes: not what its record says, or over the limit of an upload")
         digest, head = hashlib.sha256(), b""
         with path.open("wb") as file:

@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from indexer.decode import DecodeError, Sampling
 from indexer.frames import DamagedFrames, FrameArchive, pack_frames
 from indexer.sandbox import Check
+from service.adapters.encoder import Encoder
 from service.jobs import task_rows
-from service.runtime import Runtime
 from service.settings import SHORTEST_SEGMENT
 from service.storage import collection_rows, generation_rows, segment_rows
 from service.storage.blobs import BlobMissing, frames_key, thumbnail_key, video_key
 from service.storage.collection_rows import Collection
 from service.storage.generation_rows import Generation
 from service.storage.rows import NotFound
+from service.storage.storage import Storage
 from service.videos import video_rows
+from service.videos.decoders import Decoders
 from service.videos.video_rows import Video
 
 log = structlog.get_logger()
@@ -36,25 +38,29 @@ SEGMENTS_AT_ONCE = 16  # pixels of a long video in memory
 Progress = Callable[[float | None], None]
 
 
-def index_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress = lambda share: None) -> None:
+def index_video(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Progress = lambda share: None
+) -> None:
     """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error.
 
     `progress`, the share of the embedding that is done and None as long as the video is decoded, may raise to stop.
     """
     try:
-        prepare_frames(runtime, tenant, video_id, lambda: progress(None))
-        embed_video(runtime, tenant, video_id, progress)
+        prepare_frames(storage, encoder, decoders, tenant, video_id, lambda: progress(None))
+        embed_video(storage, encoder, decoders, tenant, video_id, progress)
     except NotFound:
         return
     except DecodeError as error:
-        fail_video(runtime, tenant, video_id, error.code, error.detail)
+        fail_video(storage, tenant, video_id, error.code, error.detail)
     except BlobMissing:
-        fail_video(runtime, tenant, video_id, "file_missing", "the stored file is gone")
+        fail_video(storage, tenant, video_id, "file_missing", "the stored file is gone")
     except DamagedFrames as error:
-        fail_video(runtime, tenant, video_id, "frames_damaged", str(error))
+        fail_video(storage, tenant, video_id, "frames_damaged", str(error))
 
 
-def prepare_frames(runtime: Runtime, tenant: str, video_id: str, check: Check = lambda: None) -> None:
+def prepare_frames(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, check: Check = lambda: None
+) -> None:
     """Decodes a video in the sandbox and stores its frames, thumbnails and facts; does nothing where they are stored.
 
     `check` is called again and again meanwhile and may raise to stop; the deletion of the video ends the decoding too.
@@ -63,10 +69,10 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str, check: Check = 
 
     def wanted() -> None:
         check()
-        with runtime.database.read() as connection:
+        with storage.database.read() as connection:
             video_rows.video(connection, tenant, video_id)
 
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         video = video_rows.video(connection, tenant, video_id)
         if video.media is not None:
             return
@@ -75,24 +81,26 @@ def prepare_frames(runtime: Runtime, tenant: str, video_id: str, check: Check = 
         collection = collection_rows.lock_collection(connection, tenant, video.collection_id)
     if collection is None:
         raise NotFound("collection", video.collection_id)
-    media = _decode(runtime, video, collection, wanted)
-    with runtime.database.write() as connection:
+    media = _decode(storage, encoder, decoders, video, collection, wanted)
+    with storage.database.write() as connection:
         alive = video_rows.set_video(connection, tenant, video_id, status="queued", media=media)
         task_rows.set_task(connection, tenant, video.task_id, progress=0.5, message="decoded")
     if not alive:  # deleted while it was decoded: its files were purged before these were written
-        remove_files(runtime, video.collection_id, video_id)
+        remove_files(storage, video.collection_id, video_id)
         raise NotFound("video", video_id)
 
 
-def _decode(runtime: Runtime, video: Video, collection: Collection, check: Check = lambda: None) -> dict[str, Any]:
+def _decode(
+    storage: Storage, encoder: Encoder, decoders: Decoders, video: Video, collection: Collection, check: Check = lambda: None
+) -> dict[str, Any]:
     """Frames and thumbnails from the stored file into the blobs; returns the facts. Raises DecodeError, BlobMissing."""
-    folder = Path(tempfile.mkdtemp(dir=runtime.settings.scratch, prefix="decode-"))
+    folder = Path(tempfile.mkdtemp(dir=storage.settings.scratch, prefix="decode-"))
     try:
-        with runtime.blobs.local(video_key(collection.id, video.id)) as path:
-            decoded = runtime.decoder.decode(path, folder, sampling(runtime, collection.settings), check)
+        with storage.blobs.local(video_key(collection.id, video.id)) as path:
+            decoded = decoders.decode(path, folder, sampling(storage, encoder, collection.settings), check)
         for ordinal, segment in enumerate(decoded.segments):
-            runtime.blobs.put(thumbnail_key(collection.id, video.id, ordinal), (folder / segment.thumbnail_file).read_bytes())
-        runtime.blobs.put(frames_key(collection.id, video.id), pack_frames(decoded, folder))
+            storage.blobs.put(thumbnail_key(collection.id, video.id, ordinal), (folder / segment.thumbnail_file).read_bytes())
+        storage.blobs.put(frames_key(collection.id, video.id), pack_frames(decoded, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     facts = decoded.facts
@@ -109,28 +117,30 @@ def _decode(runtime: Runtime, video: Video, collection: Collection, check: Check
     }
 
 
-def decode_again(runtime: Runtime, video: Video) -> None:
+def decode_again(storage: Storage, encoder: Encoder, decoders: Decoders, video: Video) -> None:
     """Cached frames that are damaged or gone, made again from the stored file. Raises DamagedFrames where that is not to be."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         collection = collection_rows.lock_collection(connection, video.tenant_id, video.collection_id)
     if collection is None:
         raise DamagedFrames("the collection is gone")
     try:
-        media = _decode(runtime, video, collection)
+        media = _decode(storage, encoder, decoders, video, collection)
     except (DecodeError, BlobMissing) as error:
         raise DamagedFrames(f"the cached frames are damaged and cannot be made again: {error}") from error
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         alive = video_rows.set_video(connection, video.tenant_id, video.id, media=media)
     if not alive:
-        remove_files(runtime, video.collection_id, video.id)
+        remove_files(storage, video.collection_id, video.id)
 
 
-def embed_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress = lambda share: None) -> None:
+def embed_video(
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Progress = lambda share: None
+) -> None:
     """Embeds a decoded video for each generation that is active or being built, then calls it ready, in one transaction
     that sees no generation without it.
     """
     while True:
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             video = video_rows.video(connection, tenant, video_id)
             collection_rows.lock_collection(connection, tenant, video.collection_id)
             missing = [
@@ -144,29 +154,35 @@ def embed_video(runtime: Runtime, tenant: str, video_id: str, progress: Progress
                 return
             video_rows.set_video(connection, tenant, video_id, status="indexing")
         for generation in missing:
-            embed_for(runtime, tenant, video, generation, progress)
+            embed_for(storage, encoder, decoders, tenant, video, generation, progress)
 
 
 def embed_for(
-    runtime: Runtime, tenant: str, video: Video, generation: Generation, progress: Progress = lambda share: None
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    video: Video,
+    generation: Generation,
+    progress: Progress = lambda share: None,
 ) -> None:
     """Vectors of a video's cached frames under a generation's adapter, stored unless the video has been deleted.
 
     Raises DamagedFrames.
     """
-    rows = embedded_segments(runtime, video, generation, progress)
-    store_vectors(runtime, tenant, video.collection_id, generation, [(video, rows)])
+    rows = embedded_segments(storage, encoder, decoders, video, generation, progress)
+    store_vectors(storage, tenant, video.collection_id, generation, [(video, rows)])
 
 
 def store_vectors(
-    runtime: Runtime,
+    storage: Storage,
     tenant: str,
     collection_id: str,
     generation: Generation,
     found: Sequence[tuple[Video, Sequence[Mapping[str, Any]]]],
 ) -> None:
     """Rows of `segments` for these videos, in one transaction; not of what has been deleted meanwhile."""
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         if collection_rows.lock_collection(connection, tenant, collection_id) is None:
             return
         if all(g.id != generation.id for g in generation_rows.generations_of(connection, tenant, collection_id)):
@@ -178,31 +194,38 @@ def store_vectors(
 
 
 def embedded_segments(
-    runtime: Runtime, video: Video, generation: Generation, progress: Progress = lambda share: None
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    video: Video,
+    generation: Generation,
+    progress: Progress = lambda share: None,
 ) -> list[dict[str, Any]]:
     """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read.
 
     Raises DamagedFrames.
     """
     try:
-        return _embedded(runtime, video, generation, progress)
+        return _embedded(storage, encoder, video, generation, progress)
     except (BlobMissing, DamagedFrames) as error:
         log.warning("frames_made_again", video=video.id, reason=str(error))
-        decode_again(runtime, video)
-        return _embedded(runtime, video, generation, progress)
+        decode_again(storage, encoder, decoders, video)
+        return _embedded(storage, encoder, video, generation, progress)
 
 
-def _embedded(runtime: Runtime, video: Video, generation: Generation, progress: Progress) -> list[dict[str, Any]]:
-    archive = FrameArchive(runtime.blobs.get(frames_key(video.collection_id, video.id)))
-    size = runtime.backbone.image_size
+def _embedded(
+    storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Progress
+) -> list[dict[str, Any]]:
+    archive = FrameArchive(storage.blobs.get(frames_key(video.collection_id, video.id)))
+    size = encoder.backbone.image_size
     rows = []
     group = f"{video.tenant_id}, again" if video.status == "ready" else video.tenant_id  # an upload does not queue behind these
-    with runtime.lease(generation) as lease:
+    with encoder.lease(generation) as lease:
         for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
             progress(first / len(archive.segments))
             window = archive.segments[first : first + SEGMENTS_AT_ONCE]
             pixels = [archive.pixels(segment.frames, size) for segment in window]
-            waiting = [runtime.frames.submit((frames, lease), group=group, weight=len(frames)) for frames in pixels]
+            waiting = [encoder.frames.submit((frames, lease), group=group, weight=len(frames)) for frames in pixels]
             for ordinal, (segment, future) in enumerate(zip(window, waiting, strict=True), start=first):
                 vectors = future.result()
                 rows.append(
@@ -223,10 +246,10 @@ def pooled(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     return mean / max(float(np.linalg.norm(mean)), 1e-12)  # type: ignore[no-any-return]
 
 
-def fail_video(runtime: Runtime, tenant: str, video_id: str, code: str, detail: str) -> bool:
+def fail_video(storage: Storage, tenant: str, video_id: str, code: str, detail: str) -> bool:
     """Ends a video and its task with a reason; False if the video is gone."""
     error = {"code": code, "detail": detail}
-    with runtime.database.write() as connection:
+    with storage.database.write() as connection:
         try:
             video = video_rows.video(connection, tenant, video_id)
         except NotFound:
@@ -236,24 +259,24 @@ def fail_video(runtime: Runtime, tenant: str, video_id: str, code: str, detail: 
         return True
 
 
-def restore_file(runtime: Runtime, video: Video, path: Path) -> bool:
+def restore_file(storage: Storage, video: Video, path: Path) -> bool:
     """Moves in the file of a video that has none stored (lost, or imported without it); False where there is one."""
     key = video_key(video.collection_id, video.id)
-    if runtime.blobs.exists(key):
+    if storage.blobs.exists(key):
         return False
-    runtime.blobs.put_file(key, path)
+    storage.blobs.put_file(key, path)
     if video.media is not None:
         media = {name: fact for name, fact in video.media.items() if name != "stored"}
-        with runtime.database.write() as connection:
+        with storage.database.write() as connection:
             video_rows.set_video(connection, video.tenant_id, video.id, media=media)
     return True
 
 
-def remove_files(runtime: Runtime, collection_id: str, video_id: str) -> None:
+def remove_files(storage: Storage, collection_id: str, video_id: str) -> None:
     """Removes the files of a deleted video; may be run again."""
-    runtime.blobs.delete(frames_key(collection_id, video_id))
-    runtime.blobs.delete_all(f"thumbnails/{collection_id}/{video_id}/")
-    runtime.blobs.delete(video_key(collection_id, video_id))
+    storage.blobs.delete(frames_key(collection_id, video_id))
+    storage.blobs.delete_all(f"thumbnails/{collection_id}/{video_id}/")
+    storage.blobs.delete(video_key(collection_id, video_id))
 
 
 def _wanted(connection: Any, video: Video) -> Sequence[Generation]:
@@ -267,12 +290,12 @@ def _wanted(connection: Any, video: Video) -> Sequence[Generation]:
     return list(by_set.values())
 
 
-def sampling(runtime: Runtime, own: Mapping[str, Any]) -> Sampling:
+def sampling(storage: Storage, encoder: Encoder, own: Mapping[str, Any]) -> Sampling:
     """How videos are decoded for a collection with these settings of its `own`."""
-    settings = runtime.settings
+    settings = storage.settings
     return Sampling(
         segment_seconds=max(SHORTEST_SEGMENT, float(own.get("segment_seconds") or settings.segment_seconds)),
-        short_side=max(settings.cached_short_side, runtime.backbone.image_size),
+        short_side=max(settings.cached_short_side, encoder.backbone.image_size),
         max_seconds=settings.max_video_seconds,
         max_segments=settings.max_segments,
     )

@@ -16,7 +16,7 @@ from client import TEXTS, Client, Shelf, must
 from reference import score
 from serving import clip
 
-from service.runtime import Runtime
+from service.cli.local import Parts
 from service.settings import Settings
 from service.upkeep import delete
 from service.upkeep.fsck import Fsck
@@ -166,10 +166,10 @@ def _files(client: Client) -> None:
 def swept(data: Path) -> int:
     """What crashes have left without an owner is found by the sweep, and then every file has a row; how many there were."""
     files = {path for path in (data / "blobs").rglob("*") if path.is_file()}
-    runtime = Runtime(Settings(data=data))
-    delete.sweep(runtime, grace=0)
-    findings = [finding.to_json() for finding in Fsck(runtime, deep=True).run()]
-    runtime.close()
+    parts = Parts.over(Settings(data=data))
+    delete.sweep(parts.storage, grace=0)
+    findings = [finding.to_json() for finding in Fsck(parts.storage, parts.encoder, parts.decoders, deep=True).run()]
+    parts.close()
     must(not findings, "after the sweep `polyclip fsck --deep` finds nothing", findings)
     with closing(_open(data / "polyclip.sqlite")) as database:
         videos = database.execute("SELECT collection_id, id FROM videos").fetchall()

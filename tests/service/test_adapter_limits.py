@@ -25,19 +25,19 @@ def sent(workshop: Workshop, collection: str, data: bytes) -> Any:
 
 
 def adapter(workshop: Workshop, rank: int, dims: TowerDims | None = None, weight: float = 0.0) -> bytes:
-    backbone = workshop.runtime.backbone
+    backbone = workshop.encoder.backbone
     shape = AdapterShape(dims or backbone.dims, rank, 0)
     tensors = {name: tensor + (weight if name.endswith("weight") else 0.0) for name, tensor in shape.initial(0).items()}
     return pack(shape, backbone.fingerprint, tensors)
 
 
 def test_ranks_above_the_stacks_are_refused_unless_a_setting_allows_them(workshop: Workshop) -> None:
-    collection, largest = workshop.guest.collection(), workshop.runtime.settings.adapter_rank
+    collection, largest = workshop.guest.collection(), workshop.storage.settings.adapter_rank
     refused = sent(workshop, collection, adapter(workshop, largest + 1))
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid_adapter")
     assert f"rank {largest + 1}" in refused.json()["detail"]
     assert sent(workshop, collection, adapter(workshop, largest)).status_code == 202
-    allowed = workshop.runtime.settings.model_copy(update={"adapter_max_rank": largest + 1})
+    allowed = workshop.storage.settings.model_copy(update={"adapter_max_rank": largest + 1})
     assert allowed.largest_rank == largest + 1
 
 
@@ -57,7 +57,7 @@ def test_an_adapter_is_tried_before_it_is_published(workshop: Workshop, monkeypa
 
 
 def test_an_adapter_that_names_this_backbone_but_has_other_towers_is_refused(workshop: Workshop) -> None:
-    dims = workshop.runtime.backbone.dims
+    dims = workshop.encoder.backbone.dims
     other = TowerDims(dims.visual_width, dims.visual_layers, dims.text_width, dims.text_layers + 1)
     refused = sent(workshop, workshop.guest.collection(), adapter(workshop, 2, other))
     assert (refused.status_code, refused.json()["code"]) == (422, "adapter_mismatch")
@@ -88,8 +88,10 @@ def test_the_published_file_is_one_that_fits(workshop: Workshop) -> None:
     """Whatever way an adapter comes in: the check is in front of the one place that publishes."""
     collection, data = workshop.guest.collection(), adapter(workshop, 40)
     with pytest.raises(InvalidAdapter, match="rank 40"):
-        learning.publish(workshop.runtime, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data))
-    assert isinstance(workshop.runtime.fit, Fit)
+        learning.publish(
+            workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data)
+        )
+    assert isinstance(workshop.encoder.fit, Fit)
 
 
 @pytest.mark.parametrize("rank", [17, 256])
@@ -123,7 +125,7 @@ def test_the_gate_stays_shut_where_there_is_not_enough_evidence() -> None:
 def asked(workshop: Workshop) -> Task:
     """A training that waits."""
     collection = workshop.id(workshop.guest.collection())
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         return task_rows.add_task(connection, workshop.tenant, collection, "train_adapter", {"recipe": {}, "activate": "never"})
 
 
@@ -133,7 +135,7 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
     order: list[str] = []
     turn_over = {"now": True}
 
-    def train(runtime: Any, tenant: str, task: Task, *rest: Any) -> dict[str, Any]:
+    def train(storage: Any, encoder: Any, decoders: Any, trainers: Any, tenant: str, task: Task, *rest: Any) -> dict[str, Any]:
         waited_for = rest[-1]
         order.append(tenant)
         if turn_over.pop("now", False) and waited_for():
@@ -141,10 +143,10 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
         return {}
 
     monkeypatch.setattr(learning, "train_adapter", train)
-    shift = Shift(workshop.runtime)
+    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
     first, second, theirs = asked(workshop), asked(workshop), asked(other)
     assert shift.run(workshop.tenant, first.id) is not None, "it comes back into the queue"
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         waiting = task_rows.task(connection, workshop.tenant, first.id)
     assert (waiting.status, waiting.attempts) == ("queued", 0)
     assert shift.run(workshop.tenant, second.id) is not None, "the other tenant goes first"
@@ -156,7 +158,7 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
 def test_a_tenant_whose_training_never_comes_holds_up_nobody(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Workshop(new_tenant(workshop.guest.client))
     monkeypatch.setattr(learning, "train_adapter", lambda *_: {})
-    shift = Shift(workshop.runtime)
+    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
     first, second = asked(workshop), asked(workshop)
     shift.run(workshop.tenant, first.id)
     asked(other)
@@ -169,9 +171,9 @@ def test_a_tenant_whose_training_never_comes_holds_up_nobody(workshop: Workshop,
 
 def test_a_training_tells_what_is_left_from_its_first_step(workshop: Workshop) -> None:
     task = asked(workshop)
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         task_rows.start_task(connection, workshop.tenant, task.id)
-    report = Report(Shift(workshop.runtime), task)
+    report = Report(Shift(workshop.storage, workshop.encoder, workshop.decoders), task)
     report._last = 0.0
     report(learning.TRAINING * 1 / 100_000, "step 1 of 100000")
     assert workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"] is not None

@@ -76,12 +76,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def exported(house: House, to: Path, name: str = "films", files: bool = True, **more: Any) -> Path:
     with to.open("wb") as file:
-        file.writelines(export_collection.Export(house.runtime, house.tenant.id, name, files, **more).chunks())
+        file.writelines(export_collection.Export(house.storage, house.tenant.id, name, files, **more).chunks())
     return to
 
 
 def taken(house: House, archive: Path, name: str, **more: Any) -> import_collection.Imported:
-    return import_collection.import_archive(house.runtime, more.pop("tenant", house.tenant), archive, name=name, **more)
+    return import_collection.import_archive(
+        house.storage, house.encoder, house.decoders, more.pop("tenant", house.tenant), archive, name=name, **more
+    )
 
 
 def members(archive: Path) -> dict[str, bytes]:
@@ -117,11 +119,11 @@ def test_a_collection_answers_elsewhere_as_it_did_here(house: House, other: Hous
             assert getattr(moved, fact) == getattr(video, fact)
         assert other.captions(moved) == house.captions(video)
         for key in (video_key, frames_key):
-            assert other.runtime.blobs.get(key(moved.collection_id, moved.id)) == house.runtime.blobs.get(
+            assert other.storage.blobs.get(key(moved.collection_id, moved.id)) == house.storage.blobs.get(
                 key(video.collection_id, video.id)
             )
-        first = house.runtime.blobs.get(thumbnail_key(video.collection_id, video.id, 0))
-        assert other.runtime.blobs.get(thumbnail_key(moved.collection_id, moved.id, 0)) == first
+        first = house.storage.blobs.get(thumbnail_key(video.collection_id, video.id, 0))
+        assert other.storage.blobs.get(thumbnail_key(moved.collection_id, moved.id, 0)) == first
     assert other.collection("moved").settings == house.collection("films").settings
 
 
@@ -141,9 +143,9 @@ def test_a_collection_comes_back_from_another_house_as_it_went(
 
 def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house: House, other: House, archive: Path) -> None:
     done = taken(other, archive, "adapters")
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         here = archive_rows.adapters_of(connection, house.tenant.id, house.collection("films").id)
-    with other.runtime.database.read() as connection:
+    with other.storage.database.read() as connection:
         there = archive_rows.adapters_of(connection, other.tenant.id, done.collection_id)
     facts = ("version", "digest", "created_at")
     assert [[getattr(v, f) for f in facts] for v in there] == [[getattr(v, f) for f in facts] for v in here]
@@ -157,7 +159,7 @@ def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house:
 def test_the_vectors_of_retired_generations_come_along_if_asked_for(house: House, other: House, tmp_path: Path) -> None:
     taken(other, exported(house, tmp_path / "all.tar", every_generation=True), "all")
     collection = other.collection("all")
-    with other.runtime.database.read() as connection:
+    with other.storage.database.read() as connection:
         first, _ = archive_rows.adapters_of(connection, other.tenant.id, collection.id)
     assert other.activate(collection, first.id) == 0
     assert other.activate(collection, None) == 0
@@ -202,26 +204,26 @@ def test_without_files_all_else_works_and_an_upload_brings_one_back(house: House
     assert other.scores("small") == house.scores("films")
     assert all(video.media and video.media["stored"] is False for video in other.videos("small").values())
     assert other.activate(other.collection("small"), None) == 4, "embedded anew, from the frames"
-    again = export_collection.Export(other.runtime, other.tenant.id, "small", files=True)
+    again = export_collection.Export(other.storage, other.tenant.id, "small", files=True)
     assert len(members_of(again, tmp_path)) == 4 and again.left_out["damaged"] == []
     video = other.videos("small")["clip-1.mp4"]
     (tmp_path / "data").write_bytes(clip(1))
-    assert index.restore_file(other.runtime, video, tmp_path / "data")
+    assert index.restore_file(other.storage, video, tmp_path / "data")
     assert "stored" not in (other.videos("small")["clip-1.mp4"].media or {})
 
 
 def test_what_is_unfinished_goes_along_with_its_file_and_is_indexed_there(house: House, other: House, tmp_path: Path) -> None:
     drafts = house.add_collection("drafts")
     waiting, broken = house.add_video(drafts, 6, index=False), house.add_video(drafts, 7)
-    index.fail_video(house.runtime, house.tenant.id, broken.id, "no_frames", "nothing to be seen")
-    out = export_collection.Export(house.runtime, house.tenant.id, "drafts", files=False)
+    index.fail_video(house.storage, house.tenant.id, broken.id, "no_frames", "nothing to be seen")
+    out = export_collection.Export(house.storage, house.tenant.id, "drafts", files=False)
     assert members_of(out, tmp_path) == []
     assert (out.left_out["failed"], out.left_out["unfinished"]) == ([broken.id], [waiting.id])
     (video,) = taken(other, exported(house, tmp_path / "drafts.tar", "drafts"), "drafts").queued
     assert video.status == "pending"
-    index.index_video(other.runtime, other.tenant.id, video.id)
+    index.index_video(other.storage, other.encoder, other.decoders, other.tenant.id, video.id)
     assert [name for name, _, _ in other.scores("drafts")] == ["clip-6.mp4"]
-    with other.runtime.database.read() as connection:
+    with other.storage.database.read() as connection:
         assert task_rows.task(connection, other.tenant.id, video.task_id).status == "succeeded"
 
 
@@ -234,10 +236,10 @@ def members_of(out: export_collection.Export, folder: Path) -> list[str]:
 def test_a_video_that_is_deleted_during_an_export_is_left_out_and_named(house: House, tmp_path: Path) -> None:
     going = house.add_collection("going")
     first, second = house.add_video(going, 8), house.add_video(going, 9)
-    out = export_collection.Export(house.runtime, house.tenant.id, "going", files=True)
-    with house.runtime.database.write() as connection:
+    out = export_collection.Export(house.storage, house.tenant.id, "going", files=True)
+    with house.storage.database.write() as connection:
         delete.delete_video(connection, house.tenant.id, going.id, second.id)
-    delete.purge_video(house.runtime, house.tenant.id, going.id, second.id)
+    delete.purge_video(house.storage, house.tenant.id, going.id, second.id)
     assert members_of(out, tmp_path) == [first.id]
     assert out.left_out["deleted"] == [second.id]
     assert json.loads(members(tmp_path / "out.tar")["contents.json"])["left_out"]["deleted"] == [second.id]
@@ -246,13 +248,13 @@ def test_a_video_that_is_deleted_during_an_export_is_left_out_and_named(house: H
 def test_what_is_damaged_is_named_and_made_again_where_it_arrives(house: House, other: House, tmp_path: Path) -> None:
     worn = house.add_collection("worn")
     frameless, fileless = house.add_video(worn, 10), house.add_video(worn, 11)
-    house.runtime.blobs.delete(frames_key(worn.id, frameless.id))
-    house.runtime.blobs.delete(video_key(worn.id, fileless.id))
-    out = export_collection.Export(house.runtime, house.tenant.id, "worn", files=True)
+    house.storage.blobs.delete(frames_key(worn.id, frameless.id))
+    house.storage.blobs.delete(video_key(worn.id, fileless.id))
+    out = export_collection.Export(house.storage, house.tenant.id, "worn", files=True)
     assert sorted(members_of(out, tmp_path)) == sorted([frameless.id, fileless.id])
     assert sorted(out.left_out["damaged"]) == sorted([frameless.id, fileless.id])
     (queued,) = taken(other, tmp_path / "out.tar", "worn").queued
-    index.index_video(other.runtime, other.tenant.id, queued.id)
+    index.index_video(other.storage, other.encoder, other.decoders, other.tenant.id, queued.id)
     assert rounded(other.scores("worn")) == rounded(house.scores("worn"))
 
 
@@ -260,7 +262,7 @@ def test_an_archive_of_another_backbone_is_refused_or_embedded_anew_without_adap
     archive: Path, weights: str, tmp_path: Path
 ) -> None:
     with House(tmp_path / "data", backbone="builtin", pretrained=weights) as strange:
-        assert strange.runtime.backbone.image_size == 64
+        assert strange.encoder.backbone.image_size == 64
         before = strange.inventory()
         with pytest.raises(ArchiveOfOtherBackbone):
             taken(strange, archive, "films")
@@ -269,7 +271,7 @@ def test_an_archive_of_another_backbone_is_refused_or_embedded_anew_without_adap
         assert (len(done.queued), done.adapters, len(done.left_out)) == (4, 0, 2)
         assert {video.status for video in done.queued} == {"queued"}
         for video in done.queued:
-            index.index_video(strange.runtime, strange.tenant.id, video.id)
+            index.index_video(strange.storage, strange.encoder, strange.decoders, strange.tenant.id, video.id)
         assert len(strange.scores("films")) == 5
 
 
@@ -295,17 +297,17 @@ def test_an_import_that_dies_is_seen_by_nobody_and_swept_away(
     assert there.inventory()[0]["segments"] > before[0]["segments"]
     with pytest.raises(NotFound):
         there.scores("dying")
-    with there.runtime.database.read() as connection:
+    with there.storage.database.read() as connection:
         assert tenant_rows.usage(connection, there.tenant.id)["videos"] == sum(len(there.videos(c)) for c in names(there))
-    delete.sweep(there.runtime)
+    delete.sweep(there.storage)
     assert there.inventory() != before, "the sweep leaves what may still be under way"
-    delete.sweep(there.runtime, grace=0)
+    delete.sweep(there.storage, grace=0)
     assert there.inventory() == before
     taken(there, archive, "dying")
 
 
 def names(house: House) -> list[str]:
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         return [collection.name for collection in check_rows.living_collections(connection, house.tenant.id)]
 
 
@@ -541,10 +543,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def work(tenant: Tenant, task: str) -> Any:
     """Runs a task as a worker would; the task."""
-    runtime = tenant.client.app.state.house.runtime
-    with runtime.database.read() as connection:
+    services = tenant.client.app.state.services
+    with services.storage.database.read() as connection:
         owner = tenant_rows.tenant_named(connection, tenant.name).id
-    Shift(runtime).run(owner, task)
+    Shift(services.storage, services.encoder, services.decoders).run(owner, task)
     return tenant.get(f"/tasks/{task}").json()
 
 
@@ -561,7 +563,7 @@ def test_an_admin_exports_and_imports_over_http(client: Any, archive: Path, tmp_
     video = tenant.get(f"/collections/here/videos/{found[0]['video_id']}").json()
     assert tenant.get(f"/tasks/{video['task_id']}").json()["status"] == "succeeded"
     assert client.get(found[0]["video_url"]).status_code == 200
-    assert client.app.state.house.runtime.blobs.keys("imports/") == [], "the uploaded archive is gone"
+    assert client.app.state.services.storage.blobs.keys("imports/") == [], "the uploaded archive is gone"
     out = tenant.get("/admin/collections/here/export", videos=False)
     assert out.status_code == 200 and out.headers["content-type"] == "application/x-tar"
     (tmp_path / "out.tar").write_bytes(out.content)
@@ -607,8 +609,8 @@ def test_an_import_is_refused_at_once_where_that_can_be_told(client: Any, archiv
     assert send(good, collection="no/name") in ((422, "invalid_name"), (403, "quota_exceeded"))
     assert tenant.get("/admin/collections/nothing/export").json()["code"] == "collection_not_found"
     assert tenant.get("/admin/collections/films/export", role="write").status_code == 403
-    assert client.app.state.house.runtime.blobs.keys("imports/") == []
-    assert list(client.app.state.house.runtime.settings.scratch.iterdir()) == []
+    assert client.app.state.services.storage.blobs.keys("imports/") == []
+    assert list(client.app.state.services.storage.settings.scratch.iterdir()) == []
 
 
 def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
@@ -625,23 +627,27 @@ def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
     sent = {"files": {"file": ("a.tar", archive.read_bytes())}, "headers": headers}
     answer = tenant.call("POST", "/admin/collections/import", **sent)
     assert tenant.call("POST", "/admin/collections/import", **sent).json() == answer.json()
-    runtime = client.app.state.house.runtime
-    with runtime.database.read() as connection:
+    services = client.app.state.services
+    with services.storage.database.read() as connection:
         owner = tenant_rows.tenant_named(connection, tenant.name)
         queued = task_rows.task(connection, owner.id, answer.json()["task_id"])
     with monkeypatch.context() as patch:  # the worker is killed just before the end
         patch.setattr(delete, "purge_collection", lambda *_: None)
         patch.setattr(archive_rows, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            import_collection.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
+            import_collection.import_for_task(
+                services.storage, services.encoder, services.decoders, queued, lambda share, note: None, lambda video: None
+            )
     assert work(tenant, queued.id)["status"] == "succeeded"
-    again = import_collection.import_for_task(runtime, queued, lambda share, note: None, lambda video: None)
+    again = import_collection.import_for_task(
+        services.storage, services.encoder, services.decoders, queued, lambda share, note: None, lambda video: None
+    )
     assert again["collection"] == "films", "done already"
     assert len(tenant.found("films")) == 4
 
 
 def test_the_commands_write_and_read_the_same_archive(house: House, weights: str, tmp_path: Path) -> None:
-    run, data = CliRunner(), ["--data", str(house.runtime.settings.data)]
+    run, data = CliRunner(), ["--data", str(house.storage.settings.data)]
     to = tmp_path / "films.tar"
     done = run.invoke(app, ["export", "films", str(to), "--no-videos", *data, "--json"])
     assert done.exit_code == 0, done.output

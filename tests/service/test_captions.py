@@ -41,7 +41,7 @@ def index(tmp_path: Path, captions: Path | None, *paths: Path) -> dict[str, Any]
 
 def held(tmp_path: Path) -> dict[str, list[list[str]]]:
     """The captions of each video, by file name."""
-    with House(tmp_path / "data", tenant="looker") as house, house.runtime.database.read() as connection:
+    with House(tmp_path / "data", tenant="looker") as house, house.storage.database.read() as connection:
         tenant = tenant_rows.tenant_named(connection, "default")
         films = collection_rows.collection_named(connection, tenant.id, "films")
         rows = video_rows.list_videos(connection, tenant.id, films.id, None, 50, None).rows

@@ -16,9 +16,9 @@ from workshop import Workshop, application
 from service.adapters import activate
 from service.jobs import task_rows
 from service.jobs.run import Shift
-from service.runtime import Runtime
 from service.storage import collection_rows, facts, generation_rows
 from service.storage.blobs import frames_key, video_key
+from service.storage.storage import Storage
 from service.storage.tables import metadata
 from service.upkeep import delete, erase_rows
 from service.videos import video_rows
@@ -35,17 +35,17 @@ def words(what: str) -> list[str]:
     return [f"{what} waits for the evening train number {n}" for n in range(30)]
 
 
-def tables_naming(runtime: Runtime, *names: str) -> set[str]:
+def tables_naming(storage: Storage, *names: str) -> set[str]:
     """Tables with a row in which one of these names stands anywhere."""
-    with runtime.database.read() as connection:
+    with storage.database.read() as connection:
         every = [(table.name, str(row)) for table in metadata.sorted_tables for row in connection.execute(select(table))]
     return {table for table, row in every if any(name in row for name in names)}
 
 
-def files_naming(runtime: Runtime, *names: str) -> list[str]:
+def files_naming(storage: Storage, *names: str) -> list[str]:
     """Files and folders of the data folder whose path or content has one of these names; the job engine's own apart."""
     found = []
-    for path in runtime.settings.data.rglob("*"):
+    for path in storage.settings.data.rglob("*"):
         inside = path.read_bytes() if path.is_file() and not path.name.startswith("jobs.sqlite") else b""
         if any(name in str(path) or name.encode() in inside for name in names):
             found.append(str(path))
@@ -53,9 +53,9 @@ def files_naming(runtime: Runtime, *names: str) -> list[str]:
 
 
 @contextmanager
-def writes(runtime: Runtime, allowed: int) -> Iterator[list[int]]:
+def writes(storage: Storage, allowed: int) -> Iterator[list[int]]:
     """The process dies at the transaction after so many; yields their count."""
-    write, count = runtime.database.write, [0]
+    write, count = storage.database.write, [0]
 
     @contextmanager
     def counted() -> Iterator[Any]:
@@ -66,7 +66,7 @@ def writes(runtime: Runtime, allowed: int) -> Iterator[list[int]]:
             yield connection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.database, "write", counted)
+        patch.setattr(storage.database, "write", counted)
         yield count
 
 
@@ -75,8 +75,8 @@ def purge_with_crashes(workshop: Workshop) -> int:
     (task,) = workshop.open_tasks()
     for allowed in range(100):
         try:
-            with writes(workshop.runtime, allowed):
-                delete.purge(workshop.runtime, task)
+            with writes(workshop.storage, allowed):
+                delete.purge(workshop.storage, task)
         except KeyboardInterrupt:
             continue
         workshop.work()
@@ -93,9 +93,9 @@ def test_a_deleted_video_leaves_no_row_no_file_and_no_word(workshop: Workshop) -
     assert workshop.guest.call("DELETE", path).status_code == 204
     assert workshop.guest.call("DELETE", path).status_code == 404
     workshop.work()
-    assert tables_naming(workshop.runtime, gone) == {"segments", "tasks"}, "its tombstone and its purge"
-    delete.sweep(workshop.runtime)
-    assert files_naming(workshop.runtime, text, f"/{gone}") == []
+    assert tables_naming(workshop.storage, gone) == {"segments", "tasks"}, "its tombstone and its purge"
+    delete.sweep(workshop.storage)
+    assert files_naming(workshop.storage, text, f"/{gone}") == []
     assert workshop.guest.found(collection) == [stays]
 
 
@@ -115,8 +115,8 @@ def test_a_purge_that_dies_at_any_transaction_goes_on(workshop: Workshop) -> Non
         patch.setattr(delete, "VECTORS", 2)
         assert purge_with_crashes(workshop) > 5
     names = (key, *videos, adapter, answer["id"])
-    assert tables_naming(workshop.runtime, *names) == {"tasks"}, "the purges"
-    assert files_naming(workshop.runtime, f"/{key}", "a heron") == []
+    assert tables_naming(workshop.storage, *names) == {"tasks"}, "the purges"
+    assert files_naming(workshop.storage, f"/{key}", "a heron") == []
 
 
 def test_an_adapter_that_searches_use_is_not_deleted(workshop: Workshop) -> None:
@@ -133,14 +133,14 @@ def test_an_adapter_that_searches_use_is_not_deleted(workshop: Workshop) -> None
     assert workshop.guest.get(f"/collections/{collection}/adapters").json()["data"] == []
     digest = adapter_digest(workshop, adapter)
     assert purge_with_crashes(workshop) > 1
-    assert files_naming(workshop.runtime, digest) == []
+    assert files_naming(workshop.storage, digest) == []
     assert workshop.states(collection) == {None: "active"}
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         assert not erase_rows.orphaned_vector_sets(connection)
 
 
 def adapter_digest(workshop: Workshop, adapter: str) -> str:
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         return str(connection.exec_driver_sql("select digest from adapters where id = ?", (adapter,)).scalar())
 
 
@@ -173,28 +173,28 @@ def test_a_deleted_tenant_is_gone_at_once_and_altogether(workshop: Workshop, gue
     assert again.status_code == 201, "the name is free"
     assert [task.kind for task in workshop.open_tasks()] == ["purge"], "what waited is cancelled"
     assert purge_with_crashes(workshop) > 3
-    assert tables_naming(workshop.runtime, workshop.tenant, *videos, waiting) == set()
-    assert files_naming(workshop.runtime, *videos, waiting, "a crane") == []
-    assert other.guest.found(kept) == [video] and files_naming(workshop.runtime, "the neighbour's caption")
+    assert tables_naming(workshop.storage, workshop.tenant, *videos, waiting) == set()
+    assert files_naming(workshop.storage, *videos, waiting, "a crane") == []
+    assert other.guest.found(kept) == [video] and files_naming(workshop.storage, "the neighbour's caption")
 
 
 def test_deleting_a_collection_cancels_what_runs_on_it(workshop: Workshop) -> None:
     collection, _ = workshop.filled([1])
-    runtime, tenant = workshop.runtime, workshop.tenant
-    with runtime.database.write() as connection:
+    tenant = workshop.tenant
+    with workshop.storage.database.write() as connection:
         request = {"recipe": {}, "activate": "never"}
         task = task_rows.add_task(connection, tenant, workshop.id(collection), "train_adapter", request)
         task_rows.start_task(connection, tenant, task.id)
-    scratch = runtime.settings.scratch / f"train-{task.id}"
+    scratch = workshop.storage.settings.scratch / f"train-{task.id}"
     scratch.mkdir()
     (scratch / "dataset.jsonl").write_text("a caption")
-    delete.sweep_orphans(runtime)
+    delete.sweep_orphans(workshop.storage)
     assert scratch.exists(), "its training runs, or will go on"
     workshop.guest.call("DELETE", f"/collections/{collection}")
-    with runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         assert task_rows.task(connection, tenant, task.id).cancel_requested
     workshop.work()
-    delete.sweep_orphans(runtime)
+    delete.sweep_orphans(workshop.storage)
     assert not scratch.exists()
 
 
@@ -205,13 +205,13 @@ def test_retention_keeps_the_last_ones_the_frozen_one_and_what_is_shared(worksho
     for adapter in adapters:
         workshop.activate(collection, adapter)
     before = workshop.generations(collection)
-    delete.retain(workshop.runtime)
+    delete.retain(workshop.storage)
     assert workshop.generations(collection) == before, "searches may still be under way on those that were left just now"
-    delete.retain(workshop.runtime, settled=0)
+    delete.retain(workshop.storage, settled=0)
     assert workshop.states(collection) == {None: "retired", **dict.fromkeys(adapters[2:4], "retired"), adapters[4]: "active"}
     gone = {g.vector_set for g in before} - {g.vector_set for g in workshop.generations(collection)}
     assert len(gone) == 1, "the text one searched the frozen one's"
-    assert tables_naming(workshop.runtime, *gone) == {"tasks"}, "its vectors went along"
+    assert tables_naming(workshop.storage, *gone) == {"tasks"}, "its vectors went along"
     assert workshop.activate(collection, None)["embedded"] == 0
     assert workshop.activate(collection, text)["embedded"] == 0
     assert workshop.activate(collection, adapters[1])["embedded"] == 1, "built anew"
@@ -222,12 +222,12 @@ def test_retention_by_age(workshop: Workshop) -> None:
     adapter = workshop.adapter(collection, 1)
     workshop.activate(collection, adapter)
     workshop.activate(collection, None)
-    delete.retain(workshop.runtime, settled=0)
+    delete.retain(workshop.storage, settled=0)
     assert workshop.states(collection) == {None: "active", adapter: "retired"}
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         when = "2020-01-01T00:00:00.000000Z"
         connection.exec_driver_sql("update generations set retired_at = ? where adapter_id = ?", (when, adapter))
-    delete.retain(workshop.runtime)
+    delete.retain(workshop.storage)
     assert workshop.states(collection) == {None: "active"}
 
 
@@ -235,53 +235,55 @@ def test_a_generation_that_is_removed_under_the_hands_of_its_builder_is_made_ane
     """Nothing is written for a generation that has no row any more."""
     collection, videos = workshop.filled([1])
     adapter = workshop.adapter(collection, 1)
-    generation, _ = activate._round(workshop.runtime, workshop.tenant, workshop.id(collection), adapter, None)
-    with workshop.runtime.database.write() as connection:
+    generation, _ = activate._round(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), adapter, None)
+    with workshop.storage.database.write() as connection:
         generation_rows.set_generation_state(connection, workshop.tenant, generation.id, "retired")
         assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)
-    assert activate.fill_chunk(workshop.runtime, workshop.tenant, generation.id, videos) == []
-    assert tables_naming(workshop.runtime, generation.id) == set()
+    assert (
+        activate.fill_chunk(workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, videos) == []
+    )
+    assert tables_naming(workshop.storage, generation.id) == set()
 
 
 def test_the_sweep_finds_files_without_a_row_but_touches_no_young_one(workshop: Workshop) -> None:
     collection, (video,) = workshop.filled([1])
     adapter = workshop.adapter(collection, 1)
-    runtime, key = workshop.runtime, workshop.id(collection)
-    folder = Path(runtime.settings.blob_root.removeprefix("file://"))
+    key = workshop.id(collection)
+    folder = Path(workshop.storage.settings.blob_root.removeprefix("file://"))
     lost = [
         video_key(key, "vid_lost"), frames_key(key, "vid_lost"), f"thumbnails/{key}/vid_lost/0000.jpg",
         f"adapters/{key}/{'0' * 64}.safetensors", "frames/col_gone/vid_gone.zip",
     ]  # fmt: skip
     for blob in lost:
-        runtime.blobs.put(blob, b"lost")
+        workshop.storage.blobs.put(blob, b"lost")
     before = {p: p.stat().st_mtime for p in folder.rglob("*") if p.is_file()}
-    assert delete.sweep_orphans(runtime)["files"] == 0, "a file comes before its row"
+    assert delete.sweep_orphans(workshop.storage)["files"] == 0, "a file comes before its row"
     long_ago = time.time() - 2 * delete.GRACE
     for path in before:
         os.utime(path, (long_ago, long_ago))
-    runtime.blobs.put(young := video_key(key, "vid_young"), b"young")
-    assert delete.sweep_orphans(runtime)["files"] == len(lost)
+    workshop.storage.blobs.put(young := video_key(key, "vid_young"), b"young")
+    assert delete.sweep_orphans(workshop.storage)["files"] == len(lost)
     left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert left == {str(p.relative_to(folder)) for p in before} - set(lost) | {young}
     assert video_key(key, video) in left and adapter_digest(workshop, adapter) in " ".join(left)
     assert not (folder / "frames" / "col_gone").exists()
-    runtime.blobs.delete(young)
+    workshop.storage.blobs.delete(young)
 
 
 def test_the_sweep_purges_what_was_marked_and_forgotten(workshop: Workshop) -> None:
     """A purge that failed, or whose task is lost: the mark alone is enough."""
     collection, (video,) = workshop.filled([1], words("a stork"))
     key = workshop.id(collection)
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         video_rows.mark_video_deleted(connection, workshop.tenant, video)
-    delete.sweep(workshop.runtime)
-    assert "videos" in tables_naming(workshop.runtime, video), "its own purge may be on its way"
-    delete.sweep(workshop.runtime, grace=0)
-    assert tables_naming(workshop.runtime, video) == {"segments"}
-    with workshop.runtime.database.write() as connection:
+    delete.sweep(workshop.storage)
+    assert "videos" in tables_naming(workshop.storage, video), "its own purge may be on its way"
+    delete.sweep(workshop.storage, grace=0)
+    assert tables_naming(workshop.storage, video) == {"segments"}
+    with workshop.storage.database.write() as connection:
         collection_rows.mark_collection_deleted(connection, workshop.tenant, key)
-    delete.sweep(workshop.runtime, grace=0)
-    assert tables_naming(workshop.runtime, key) == set()
+    delete.sweep(workshop.storage, grace=0)
+    assert tables_naming(workshop.storage, key) == set()
 
 
 def test_the_sweep_drops_vectors_whose_generation_is_gone(workshop: Workshop) -> None:
@@ -290,20 +292,20 @@ def test_the_sweep_drops_vectors_whose_generation_is_gone(workshop: Workshop) ->
     workshop.activate(collection, adapter)
     workshop.activate(collection, None)
     frozen, generation = workshop.generations(collection)
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)  # and here the process dies
         assert not generation_rows.remove_generation(connection, workshop.tenant, frozen.id), "in use"
-    assert tables_naming(workshop.runtime, generation.id) == {"tasks", "segments"}
-    assert delete.sweep_orphans(workshop.runtime)["vector_sets"] == 1
-    assert tables_naming(workshop.runtime, generation.id) == {"tasks"}
+    assert tables_naming(workshop.storage, generation.id) == {"tasks", "segments"}
+    assert delete.sweep_orphans(workshop.storage)["vector_sets"] == 1
+    assert tables_naming(workshop.storage, generation.id) == {"tasks"}
     assert len(workshop.held(collection, None)) == 3
 
 
 def test_other_writers_get_their_turn_while_much_is_deleted(workshop: Workshop) -> None:
     collection, _ = workshop.filled([1])
-    runtime, tenant = workshop.runtime, workshop.tenant
+    tenant = workshop.tenant
     (generation,) = workshop.generations(collection)
-    with runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         row = {"start": 0.0, "end": 1.0, "pooled": bytes(1024), "frames": bytes(12_288)}
         for at in range(6000):
             connection.exec_driver_sql(
@@ -312,12 +314,12 @@ def test_other_writers_get_their_turn_while_much_is_deleted(workshop: Workshop) 
             )
     key = workshop.id(collection)
     workshop.guest.call("DELETE", f"/collections/{collection}")
-    purge = threading.Thread(target=delete.purge_collection, args=[runtime, tenant, key])
+    purge = threading.Thread(target=delete.purge_collection, args=[workshop.storage, tenant, key])
     purge.start()
     slowest, turns = 0.0, 0
     while purge.is_alive():
         started = time.monotonic()
-        with runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             facts.set_fact(connection, "turn", turns)
         slowest, turns = max(slowest, time.monotonic() - started), turns + 1
         time.sleep(0.01)
@@ -335,5 +337,7 @@ def test_tasks_of_what_was_deleted_end_quietly(workshop: Workshop) -> None:
     assert {workshop.task(answer).status for answer in answers} == {"cancelled"}
     workshop.work()
     for task in tasks:
-        Shift(workshop.runtime).run(workshop.tenant, task.id)  # the engine may still hand them out
+        Shift(workshop.storage, workshop.encoder, workshop.decoders).run(
+            workshop.tenant, task.id
+        )  # the engine may still hand them out
     assert workshop.open_tasks() == []

@@ -237,8 +237,9 @@ def test_a_second_service_on_a_data_folder_says_so_and_ends(tmp_path: Path) -> N
 def test_ctrl_c_ends_indexing_and_the_next_run_goes_on(tmp_path: Path, folder: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
-    for number in range(6):
-        (videos / f"{number}.mp4").write_bytes(clip(300 + number, seconds=10.0, size=(640, 480), fps=30))
+    small = clip(300)
+    for number in range(150):  # more than are done before the signal comes, however slow this process is
+        (videos / f"{number}.mp4").write_bytes(small + b"\0\0\0\x0cfree" + number.to_bytes(4))
     command = ["index", str(videos), "--collection", "films", "--data", str(tmp_path / "data")]
     running = subprocess.Popen([sys.executable, "-m", "service.cli", *command], stderr=subprocess.PIPE, text=True)
     database = tmp_path / "data" / "polyclip.sqlite"
@@ -260,7 +261,7 @@ def test_ctrl_c_ends_indexing_and_the_next_run_goes_on(tmp_path: Path, folder: P
     assert not [line for pid in Path("/proc").iterdir() if pid.name.isdigit() and str(tmp_path) in (line := _command(pid))]
     done = polyclip(*command, "--json")
     report = json.loads(done.stdout)
-    assert done.returncode == 0 and report["failed"] == [] and statuses() == ["ready"] * 6
+    assert done.returncode == 0 and report["failed"] == [] and statuses() == ["ready"] * 150
 
 
 def _command(process: Path) -> str:

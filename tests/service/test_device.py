@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from backbone import Graphs
-from service.runtime import Runtime
+from service.adapters.encoder import Encoder
+from service.cli.local import Parts
 from service.settings import Settings
 
 
@@ -22,29 +23,30 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def vector(runtime: Runtime) -> NDArray[np.float32]:
-    tokens = runtime.backbone.tokenize(["two red balls in the snow"]).ids
-    return runtime.texts.submit((tokens[0], None)).result()
+def vector(encoder: Encoder) -> NDArray[np.float32]:
+    tokens = encoder.backbone.tokenize(["two red balls in the snow"]).ids
+    return encoder.texts.submit((tokens[0], None)).result()
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
 def test_the_threads_of_a_forward_are_those_that_were_set(tmp_path: Path, threads: int, wanted: int) -> None:
-    runtime = Runtime(Settings(data=tmp_path, device="cpu", threads=wanted))
-    runtime.prepare()
+    parts = Parts.over(Settings(data=tmp_path, device="cpu", threads=wanted))
     seen: list[int] = []
-    encode = runtime.backbone.encode_text
-    runtime.backbone.encode_text = lambda *a, **k: seen.append(torch.get_num_threads()) or encode(*a, **k)  # type: ignore
-    vector(runtime)
-    runtime.close()
+    encode = parts.encoder.backbone.encode_text
+    parts.encoder.backbone.encode_text = lambda *a, **k: seen.append(torch.get_num_threads()) or encode(*a, **k)  # type: ignore
+    vector(parts.encoder)
+    parts.close()
     assert seen == [wanted], "in the batcher's thread, before its first forward"
 
 
 def test_threads_that_wait_give_their_core_away() -> None:
     """It must be said before torch is loaded."""
-    story = (
-        "import os, sys; from service import cli; cli.app = lambda: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
-        "; cli.main()"
-    )
+    story = """
+import os, sys
+from service.cli import main
+main.app = lambda: print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)
+main.main()
+"""
     found = subprocess.run([sys.executable, "-c", story], capture_output=True, text=True, env={}, check=True)
     assert found.stdout.split() == ["10000", "False"]
 
@@ -52,22 +54,20 @@ def test_threads_that_wait_give_their_core_away() -> None:
 def test_another_precision_searches_the_same_data(tmp_path: Path) -> None:
     vectors, dtypes = [], []
     for precision in ("float32", "bfloat16"):
-        runtime = Runtime(Settings(data=tmp_path, device="cpu", precision=precision))
-        runtime.prepare()
-        vectors.append(vector(runtime))  # the second would raise OtherBackbone
-        dtypes.append(runtime.residency.stack._memory.dtype)
-        runtime.close()
+        parts = Parts.over(Settings(data=tmp_path, device="cpu", precision=precision))
+        vectors.append(vector(parts.encoder))  # the second would raise OtherBackbone
+        dtypes.append(parts.encoder.residency.stack._memory.dtype)
+        parts.close()
     assert dtypes == [torch.float32, torch.bfloat16]
     assert 0 < np.linalg.norm(vectors[1] - vectors[0]) < 1e-2 * np.linalg.norm(vectors[0])
 
 
 def test_on_a_gpu_every_size_is_captured_before_the_first_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(Settings(data=tmp_path, device="cpu", batch_texts=2, batch_frames=1))
-    runtime.prepare()
-    graphs = Graphs(runtime.backbone, runtime.residency.stack, 2, 1)
-    monkeypatch.setattr(Runtime, "_encoder", graphs)  # as on a GPU
-    runtime.warm()
+    parts = Parts.over(Settings(data=tmp_path, device="cpu", batch_texts=2, batch_frames=1))
+    graphs = Graphs(parts.encoder.backbone, parts.encoder.residency.stack, 2, 1)
+    monkeypatch.setattr(Encoder, "_encoder", graphs)  # as on a GPU
+    parts.encoder.warm()
     known = dict(graphs._captured)
     assert len(known) == 2 * 5 + 1
-    assert np.isfinite(vector(runtime)).all() and graphs._captured == known
-    runtime.close()
+    assert np.isfinite(vector(parts.encoder)).all() and graphs._captured == known
+    parts.close()

@@ -240,7 +240,7 @@ def test_our_own_fault_is_a_500_with_its_request_id(guest: Tenant, monkeypatch: 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a secret of the house")
 
-    monkeypatch.setattr(guest.client.app.state.house.searcher, "answer", broken)
+    monkeypatch.setattr(guest.client.app.state.services.searcher, "answer", broken)
     with capture_logs() as logs:
         problem = check_problem(ask(guest, collection="films", text="a"), 500, "internal")
     assert "secret" not in str(problem)
@@ -359,7 +359,7 @@ def test_a_refused_upload_leaves_nothing_behind(guest: Tenant) -> None:
     for data, metadata in ((b"", None), (b"hello", None), (clip() + bytes(100_000), None), (clip(), "[]")):
         assert guest.upload(collection, data, metadata=metadata).status_code in (413, 415, 422)
     assert guest.get(f"/collections/{collection}/videos").json()["data"] == []
-    assert not list(guest.client.app.state.house.runtime.settings.scratch.iterdir())
+    assert not list(guest.client.app.state.services.storage.settings.scratch.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -481,7 +481,7 @@ def test_a_quota_of_bytes_is_kept(client: Any) -> None:
 
 def media(tenant: Tenant, path: str, seconds: float = 60, **more: Any) -> Any:
     expires = int(time.time() + seconds)
-    signature = sign(tenant.client.app.state.house.signing_secret, path, expires)
+    signature = sign(tenant.client.app.state.services.signing_secret, path, expires)
     return tenant.client.get(path, params={"exp": expires, "sig": signature, **more})
 
 

@@ -27,16 +27,17 @@ from service.adapters import adapter_rows, train
 from service.adapters.train import TrainingFailed
 from service.app import create_app
 from service.cli.doctor import examine
+from service.cli.local import Parts
 from service.cli.mistakes import explain
 from service.jobs import task_rows
 from service.jobs.run import Shift
-from service.runtime import Runtime
 from service.search import views
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import collection_rows, facts
 from service.storage.blobs import adapter_key, frames_key, video_key
 from service.storage.database import Database
+from service.storage.storage import Storage
 from service.storage.tables import api_keys, new_id
 from service.videos import index, video_rows
 from training import checkpoint
@@ -66,18 +67,18 @@ def cramped(disk: Path) -> Iterator[Workshop]:
 
 def files(workshop: Workshop) -> set[str]:
     """All files of the data folder but the databases', as paths in it."""
-    data = workshop.runtime.settings.data
+    data = workshop.storage.settings.data
     return {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file() and ".sqlite" not in path.name}
 
 
 def long_unused(workshop: Workshop) -> None:
     """The next request of each key would note that it was used."""
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         connection.execute(update(api_keys).values(last_used_at="2020-01-01T00:00:00.000000Z"))
 
 
-def checkpoint_journal(runtime: Runtime, how: str) -> None:
-    connection = runtime.database.engine.raw_connection()
+def checkpoint_journal(storage: Storage, how: str) -> None:
+    connection = storage.database.engine.raw_connection()
     assert connection.cursor().execute(f"PRAGMA wal_checkpoint({how})").fetchone()[0] == 0
     connection.close()
 
@@ -109,7 +110,7 @@ def test_an_upload_onto_a_full_disk_is_refused_and_leaves_nothing_behind(cramped
 def test_what_the_database_has_no_room_for_is_refused(cramped: Workshop, disk: Path) -> None:
     collection, (video,) = cramped.filled([4], captions=["a caption"])
     path = f"/collections/{collection}/videos/{video}"
-    checkpoint_journal(cramped.runtime, "TRUNCATE")  # no room is left in the journal either
+    checkpoint_journal(cramped.storage, "TRUNCATE")  # no room is left in the journal either
     with full(disk):
         answer = cramped.guest.call("PUT", f"{path}/captions", json={"captions": [{"text": "another"}]})
         assert is_refused(answer, 507, "insufficient_storage")
@@ -121,11 +122,11 @@ def test_a_video_whose_frames_find_no_room_waits_for_it(cramped: Workshop, disk:
     collection = cramped.guest.collection()
     answer = cramped.guest.upload(collection, clip(5, seconds=3.0))
     task, before = cramped.task(answer), files(cramped)
-    shift, tries = Shift(cramped.runtime), cramped.runtime.settings.job_tries
-    with cramped.runtime.database.write() as connection:  # the journal keeps its room, the folders have none
+    shift, tries = Shift(cramped.storage, cramped.encoder, cramped.decoders), cramped.storage.settings.job_tries
+    with cramped.storage.database.write() as connection:  # the journal keeps its room, the folders have none
         connection.execute(text("create table room as select randomblob(1000000) as bytes"))
         connection.execute(text("drop table room"))
-    checkpoint_journal(cramped.runtime, "RESTART")
+    checkpoint_journal(cramped.storage, "RESTART")
     with full(disk):
         again = shift.run(cramped.tenant, task.id, tries)
         assert again is not None and again["tries"] == tries, "it is tried as long as the disk is full"
@@ -141,7 +142,7 @@ def test_a_training_whose_checkpoint_finds_no_room_waits_for_it(
     with full(disk), pytest.raises(OSError) as told:
         checkpoint.write_tensors(disk / "c.safetensors", {"a": torch.ones(100_000)}, {})
     collection = cramped.id(cramped.guest.collection())
-    with cramped.runtime.database.write() as connection:
+    with cramped.storage.database.write() as connection:
         task = task_rows.add_task(connection, cramped.tenant, collection, "train_adapter", {})
     for error, goes_on in ((told.value, True), (OSError("the device is gone"), False)):
 
@@ -149,7 +150,9 @@ def test_a_training_whose_checkpoint_finds_no_room_waits_for_it(
             raise TrainingFailed("io_error", said)  # its process tells it in words
 
         monkeypatch.setattr(train, "train_adapter", fails)
-        again = Shift(cramped.runtime).run(cramped.tenant, task.id, cramped.runtime.settings.job_tries)
+        again = Shift(cramped.storage, cramped.encoder, cramped.decoders).run(
+            cramped.tenant, task.id, cramped.storage.settings.job_tries
+        )
         assert (again is not None) == goes_on
 
 
@@ -185,15 +188,15 @@ def test_searches_go_on_while_the_disk_takes_no_writes(tmp_path: Path) -> None:
             break_disk(disk)
             assert is_refused(workshop.guest.upload(collection, clip(11)), 503, "storage_read_only")
             assert is_refused(workshop.guest.post("/collections", {"name": "new"}), 503, "storage_read_only")
-            workshop.runtime.database.close()  # new connections are no worse than those that were open
+            workshop.storage.database.close()  # new connections are no worse than those that were open
             assert sorted(workshop.guest.found(collection)) == sorted(videos)
             assert workshop.guest.get(f"/collections/{collection}/videos").status_code == 200
-            settings = workshop.runtime.settings
+            settings = workshop.storage.settings
         found = {finding.what: finding for finding in examine(settings)}
         for what in ("data folder", "database", "blobs"):
             assert not found[what].ok and "ead-only file system" in found[what].detail, found[what]
         with pytest.raises(OSError) as told:
-            Runtime(settings).prepare()
+            Parts.over(settings)
         assert str(explain(told.value)).startswith("Read-only file system: ")
 
 
@@ -221,32 +224,31 @@ def test_what_a_client_was_promised_survives_a_power_failure(tmp_path: Path, mon
         after_archive = power.fail(tmp_path / "after archive")
         collection_id, tenant = workshop.id(collection), workshop.tenant
     video = answer.json()["video_id"]
-    with reopened(after_upload / "new" / "data") as runtime:
-        assert runtime.blobs.get(video_key(collection_id, video)) == clip(13)
-        Shift(runtime).run(tenant, answer.json()["task_id"])
-        with runtime.database.read() as connection:
+    with reopened(after_upload / "new" / "data") as parts:
+        assert parts.storage.blobs.get(video_key(collection_id, video)) == clip(13)
+        Shift(parts.storage, parts.encoder, parts.decoders).run(tenant, answer.json()["task_id"])
+        with parts.storage.database.read() as connection:
             assert video_rows.video(connection, tenant, video).status == "ready"
             assert video_rows.video(connection, tenant, gone)
-    with reopened(after_import / "new" / "data") as runtime, runtime.database.read() as connection:
+    with reopened(after_import / "new" / "data") as parts, parts.storage.database.read() as connection:
         version = adapter_rows.adapter(connection, tenant, collection_id, adapter)
-        assert describe(runtime.blobs.get(adapter_key(collection_id, version.digest))).digest == version.digest
-    with reopened(after_delete / "new" / "data") as runtime, runtime.database.read() as connection:
+        assert describe(parts.storage.blobs.get(adapter_key(collection_id, version.digest))).digest == version.digest
+    with reopened(after_delete / "new" / "data") as parts, parts.storage.database.read() as connection:
         assert list(video_rows.videos_by_id(connection, tenant, [gone, video])) == [video]
-    with reopened(after_archive / "new" / "data") as runtime:
-        Shift(runtime).run(tenant, moved.json()["task_id"])
-        with runtime.database.read() as connection:
+    with reopened(after_archive / "new" / "data") as parts:
+        Shift(parts.storage, parts.encoder, parts.decoders).run(tenant, moved.json()["task_id"])
+        with parts.storage.database.read() as connection:
             copied = collection_rows.collection_named(connection, tenant, "copy")
             assert sum(collection_rows.counts(connection, tenant, copied.id).values()) == 1
 
 
 @contextmanager
-def reopened(data: Path) -> Iterator[Runtime]:
-    runtime = Runtime(Settings(data=data, threads=1))
-    runtime.prepare()
+def reopened(data: Path) -> Iterator[Parts]:
+    parts = Parts.over(Settings(data=data, threads=1))
     try:
-        yield runtime
+        yield parts
     finally:
-        runtime.close()
+        parts.close()
 
 
 def test_a_trained_adapter_and_a_checkpoint_survive_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,14 +272,14 @@ def test_a_trained_adapter_and_a_checkpoint_survive_a_power_failure(tmp_path: Pa
 
 
 def test_a_damaged_adapter_is_told_and_stops_nobody_else(workshop: Workshop) -> None:
-    guest, blobs = workshop.guest, workshop.runtime.blobs
+    guest, blobs = workshop.guest, workshop.storage.blobs
     collection, videos = workshop.filled([20, 21])
     other, theirs = workshop.filled([22])
     workshop.activate(collection, workshop.adapter(collection, seed=20, scope="text"))
-    workshop.runtime.__dict__.pop("_residency").close()  # as after a restart: nothing has loaded it yet
+    workshop.encoder.__dict__.pop("_residency").close()  # as after a restart: nothing has loaded it yet
     (active,) = [g for g in workshop.generations(collection) if g.state == "active"]
     key = adapter_key(active.collection_id, str(active.digest))
-    whole, failures = blobs.get(key), workshop.runtime.residency.counters.failures
+    whole, failures = blobs.get(key), workshop.encoder.residency.counters.failures
     blobs.put(key, whole[:-5] + b"wrong")
     with structlog.testing.capture_logs() as logs:
         answer = guest.post("/search", {"collection": collection, "text": "a ball"})
@@ -286,7 +288,7 @@ def test_a_damaged_adapter_is_told_and_stops_nobody_else(workshop: Workshop) -> 
     assert guest.found(other, "a ball") == theirs
     blobs.delete(key)
     assert is_refused(guest.post("/search", {"collection": collection, "text": "a ball"}), 503, "adapter_damaged")
-    assert workshop.runtime.residency.counters.failures == failures + 2, "it is looked at once for each search"
+    assert workshop.encoder.residency.counters.failures == failures + 2, "it is looked at once for each search"
     blobs.put(key, whole)
     assert sorted(guest.found(collection, "a ball")) == sorted(videos)
 
@@ -306,22 +308,22 @@ def test_cached_frames_that_are_damaged_or_gone_are_made_again(
 ) -> None:
     collection, (video,) = workshop.filled([23])
     (generation,) = workshop.generations(collection)
-    blobs, key = workshop.runtime.blobs, frames_key(generation.collection_id, video)
+    blobs, key = workshop.storage.blobs, frames_key(generation.collection_id, video)
     whole = blobs.get(key)
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         record = video_rows.video(connection, workshop.tenant, video)
-    vectors = index.embedded_segments(workshop.runtime, record, generation)
+    vectors = index.embedded_segments(workshop.storage, workshop.encoder, workshop.decoders, record, generation)
     if damage is None:
         blobs.delete(key)
     else:
         blobs.put(key, damage(whole))
-    assert index.embedded_segments(workshop.runtime, record, generation) == vectors
+    assert index.embedded_segments(workshop.storage, workshop.encoder, workshop.decoders, record, generation) == vectors
     assert blobs.get(key) == whole
 
 
 def test_a_video_without_frames_and_file_fails_and_the_others_move_on(workshop: Workshop) -> None:
     collection, (lost, other) = workshop.filled([24, 25])
-    adapter, blobs, home = workshop.adapter(collection, seed=24), workshop.runtime.blobs, workshop.id(collection)
+    adapter, blobs, home = workshop.adapter(collection, seed=24), workshop.storage.blobs, workshop.id(collection)
     blobs.delete(frames_key(home, lost))
     blobs.delete(video_key(home, lost))
     assert workshop.activate(collection, adapter)["activated"]
@@ -332,11 +334,11 @@ def test_a_video_without_frames_and_file_fails_and_the_others_move_on(workshop: 
 def test_a_damaged_snapshot_is_not_believed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "WORTH", 1)
     collection, _ = workshop.filled([26, 27, 28])
-    snapshots = workshop.runtime.settings.snapshots / workshop.tenant
+    snapshots = workshop.storage.settings.snapshots / workshop.tenant
     hits = workshop.guest.search(collection)["data"]
     (snapshot,) = wait_for("the snapshot", lambda: list(snapshots.glob("*.view")))
     snapshot.write_bytes(flipped(snapshot.read_bytes()))
-    searcher = Searcher(workshop.runtime)
+    searcher = Searcher(workshop.storage, workshop.encoder)
     with structlog.testing.capture_logs() as logs:
         found = searcher.search(workshop.tenant, collection, "a red ball", wanted=10)
     searcher.close()
@@ -356,9 +358,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def locked(runtime: Runtime) -> Iterator[None]:
+def locked(storage: Storage) -> Iterator[None]:
     """Another process holds the database's write lock."""
-    command = [sys.executable, "-c", LOCK, str(runtime.database.engine.url.database)]
+    command = [sys.executable, "-c", LOCK, str(storage.database.engine.url.database)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == b"locked\n"
@@ -369,7 +371,7 @@ def locked(runtime: Runtime) -> Iterator[None]:
 def test_writes_wait_ten_seconds_for_a_locked_database_and_searches_do_not(workshop: Workshop) -> None:
     collection, videos = workshop.filled([30])
     with ThreadPoolExecutor(1) as pool:
-        with locked(workshop.runtime):
+        with locked(workshop.storage):
             began = time.monotonic()
             waiting = pool.submit(workshop.guest.upload, collection, clip(31))
             longest = 0.0
@@ -385,24 +387,24 @@ def test_writes_wait_ten_seconds_for_a_locked_database_and_searches_do_not(works
 def test_a_search_does_not_wait_to_note_that_its_key_was_used(workshop: Workshop) -> None:
     collection, videos = workshop.filled([32])
     long_unused(workshop)
-    with locked(workshop.runtime):
+    with locked(workshop.storage):
         began = time.monotonic()
         assert workshop.guest.found(collection) == videos
         assert time.monotonic() - began < 5
     assert workshop.guest.found(collection) == videos
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         assert max(connection.scalars(text("select last_used_at from api_keys"))) > "2021", "it is noted when there is room"
 
 
 def test_a_database_that_stays_locked_is_told(workshop: Workshop) -> None:
-    engine = workshop.runtime.database.engine
+    engine = workshop.storage.database.engine
 
     def impatient(connection: Any, *_: Any) -> None:
         connection.execute("PRAGMA busy_timeout=100")
 
     event.listen(engine, "checkout", impatient)
     try:
-        with locked(workshop.runtime):
+        with locked(workshop.storage):
             assert is_refused(workshop.guest.post("/collections", {"name": "patience"}), 503, "database_busy")
         assert workshop.guest.post("/collections", {"name": "patience"}).status_code == 201
     finally:
@@ -478,7 +480,7 @@ def test_lists_keep_their_order_and_pages_when_the_clock_is_set_back(workshop: W
 def test_no_task_ends_before_it_began(workshop: Workshop, clock: Clock, seconds: int) -> None:
     collection = workshop.guest.collection()
     answer = workshop.guest.upload(collection, clip(43))
-    index.prepare_frames(workshop.runtime, workshop.tenant, answer.json()["video_id"])
+    index.prepare_frames(workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, answer.json()["video_id"])
     clock.seconds = seconds
     workshop.done(answer)
     task = workshop.task(answer)
@@ -506,7 +508,7 @@ def test_keys_follow_the_clock(workshop: Workshop, clock: Clock) -> None:
         return int(guest.client.get("/collections", headers={"X-API-Key": key}).status_code)
 
     def noted() -> str:
-        with workshop.runtime.database.read() as connection:
+        with workshop.storage.database.read() as connection:
             query = "select last_used_at from api_keys where expires_at is not null and tenant_id = :tenant"
             return str(connection.execute(text(query), {"tenant": workshop.tenant}).scalar())
 
@@ -523,7 +525,7 @@ def test_only_a_sign_of_life_of_now_is_one(workshop: Workshop, clock: Clock) -> 
         return bool(workshop.guest.client.get("/readyz").json()["checks"]["worker"])
 
     def beat(name: str) -> None:
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             facts.worker_seen(connection, name)
 
     beat("one that dies")

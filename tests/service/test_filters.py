@@ -92,9 +92,9 @@ def test_of_the_metadata_only_the_names_asked_for_are_read(tmp_path: Path) -> No
     with House(tmp_path / "data") as house:
         collection = house.add_collection("films")
         video = house.add_video(collection, 1)
-        with house.runtime.database.write() as connection:
+        with house.storage.database.write() as connection:
             connection.execute(update(videos).where(videos.c.id == video.id).values(metadata=METADATA))
-        with house.runtime.database.read() as connection:
+        with house.storage.database.read() as connection:
 
             def read(*names: str) -> dict[str, Any]:
                 [(found, values)] = video_rows.filterable(connection, house.tenant.id, collection.id, names)
@@ -113,7 +113,7 @@ def test_a_filter_whose_caller_is_gone_or_whose_time_is_up_ends(tmp_path: Path) 
     with House(tmp_path / "data", search_seconds=1e-9) as house:
         collection, gone = house.add_collection("films"), threading.Event()
         house.add_video(collection, 1)
-        searcher = Searcher(house.runtime)
+        searcher = Searcher(house.storage, house.encoder)
         with pytest.raises(DeadlinePassed):
             searcher._allowed(house.tenant.id, collection, where, gone)
         gone.set()

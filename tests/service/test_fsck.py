@@ -48,12 +48,12 @@ def films(house: House) -> Iterator[Collection]:
     house.add_adapter(made, seed)
     assert found(house) == []
     yield made
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         collection_rows.mark_collection_deleted(connection, house.tenant.id, made.id)
 
 
 def found(house: House, repair: bool = False, deep: bool = False) -> list[Finding]:
-    return list(Fsck(house.runtime, deep).run(repair=repair))
+    return list(Fsck(house.storage, house.encoder, house.decoders, deep).run(repair=repair))
 
 
 def codes(findings: list[Finding]) -> list[str]:
@@ -73,38 +73,38 @@ Damage = Callable[[House, Collection, Video], None]
 
 
 def lose_frames(house: House, films: Collection, video: Video) -> None:
-    house.runtime.blobs.delete(frames_key(films.id, video.id))
+    house.storage.blobs.delete(frames_key(films.id, video.id))
 
 
 def flip_a_bit_of_the_frames(house: House, films: Collection, video: Video) -> None:
-    data = bytearray(house.runtime.blobs.get(frames_key(films.id, video.id)))
+    data = bytearray(house.storage.blobs.get(frames_key(films.id, video.id)))
     data[len(data) // 2] ^= 1
-    house.runtime.blobs.put(frames_key(films.id, video.id), bytes(data))
+    house.storage.blobs.put(frames_key(films.id, video.id), bytes(data))
 
 
 def take_the_frames_of_another(house: House, films: Collection, video: Video) -> None:
     """Readable, but of one segment where there should be two."""
     other = house.videos(films.name)["clip-0.mp4"]
-    house.runtime.blobs.put(frames_key(films.id, video.id), house.runtime.blobs.get(frames_key(films.id, other.id)))
+    house.storage.blobs.put(frames_key(films.id, video.id), house.storage.blobs.get(frames_key(films.id, other.id)))
 
 
 def lose_a_thumbnail(house: House, films: Collection, video: Video) -> None:
-    house.runtime.blobs.delete(thumbnail_key(films.id, video.id, 1))
+    house.storage.blobs.delete(thumbnail_key(films.id, video.id, 1))
 
 
 def active_set(house: House, films: Collection) -> str:
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         return collection_rows.active_generation(connection, house.tenant.id, films.name)[1].vector_set
 
 
 def lose_vectors(house: House, films: Collection, video: Video) -> None:
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         connection.execute(delete_from(segments).where(segments.c.video_id == video.id))
 
 
 def in_vectors(**values: bytes) -> Damage:
     def damage(house: House, films: Collection, video: Video) -> None:
-        with house.runtime.database.write() as connection:
+        with house.storage.database.write() as connection:
             mine = (segments.c.video_id == video.id, segments.c.ordinal == 1)
             connection.execute(update(segments).where(*mine).values(**values))
 
@@ -112,7 +112,7 @@ def in_vectors(**values: bytes) -> Damage:
 
 
 def lose_a_segment(house: House, films: Collection, video: Video) -> None:
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         connection.execute(delete_from(segments).where(segments.c.video_id == video.id, segments.c.ordinal == 0))
 
 
@@ -136,7 +136,7 @@ NAN = np.full(128, np.nan, np.float16).tobytes()
 )
 def test_what_can_be_made_again_is_made_again(house: House, films: Collection, damage: Damage, code: str, times: int) -> None:
     before = rounded(house, films)
-    with closing(Searcher(house.runtime)) as searcher:  # as in a service that runs on
+    with closing(Searcher(house.storage, house.encoder)) as searcher:  # as in a service that runs on
         searcher.search(house.tenant.id, films.name, "a red ball", group_by="segment")
         damage(house, films, one(house, films))
         reported = found(house)
@@ -153,13 +153,13 @@ def test_without_frames_and_file_nothing_can_be_made_again(house: House, films: 
     video = one(house, films)
     lose_frames(house, films, video)
     lose_vectors(house, films, video)
-    house.runtime.blobs.delete(video_key(films.id, video.id))
+    house.storage.blobs.delete(video_key(films.id, video.id))
     reported = found(house, repair=True)
     assert codes(reported) == ["file_missing", "frames_missing", "vectors_missing"]
     assert all(finding.mend is None and finding.outcome is None for finding in reported)
-    upload = house.runtime.settings.scratch / "upload"
+    upload = house.storage.settings.scratch / "upload"
     upload.write_bytes(clip(1, 2.0))
-    assert index.restore_file(house.runtime, video, upload)
+    assert index.restore_file(house.storage, video, upload)
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired", "repaired"]
     assert found(house) == []
 
@@ -167,19 +167,19 @@ def test_without_frames_and_file_nothing_can_be_made_again(house: House, films: 
 def test_a_stored_file_is_read_against_its_sha256_where_that_is_asked_for(house: House, films: Collection) -> None:
     video = one(house, films)
     key = video_key(films.id, video.id)
-    data = house.runtime.blobs.get(key)
-    house.runtime.blobs.put(key, bytes([data[0] ^ 1]) + data[1:])
+    data = house.storage.blobs.get(key)
+    house.storage.blobs.put(key, bytes([data[0] ^ 1]) + data[1:])
     assert found(house) == []
     (finding,) = found(house, deep=True)
     assert (finding.code, finding.mend) == ("file_damaged", None)
-    house.runtime.blobs.put(key, data[:-1])
+    house.storage.blobs.put(key, data[:-1])
     assert codes(found(house)) == ["file_damaged"], "its size alone tells"
 
 
 def test_a_video_that_was_imported_without_its_file_is_sound(house: House, films: Collection) -> None:
     video = one(house, films)
-    house.runtime.blobs.delete(video_key(films.id, video.id))
-    with house.runtime.database.write() as connection:
+    house.storage.blobs.delete(video_key(films.id, video.id))
+    with house.storage.database.write() as connection:
         video_rows.set_video(connection, house.tenant.id, video.id, media={**(video.media or {}), "stored": False})
     assert found(house) == []
     lose_frames(house, films, video)
@@ -187,27 +187,27 @@ def test_a_video_that_was_imported_without_its_file_is_sound(house: House, films
 
 
 def test_an_adapter_comes_back_from_a_copy_or_is_told(house: House, films: Collection) -> None:
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         (version,) = archive_rows.adapters_of(connection, house.tenant.id, films.id)
     key = adapter_key(films.id, version.digest)
-    data = house.runtime.blobs.get(key)
-    house.runtime.blobs.put(key, data[:-4] + bytes(4))
+    data = house.storage.blobs.get(key)
+    house.storage.blobs.put(key, data[:-4] + bytes(4))
     (finding,) = found(house, repair=True)
     assert (finding.code, finding.mend, finding.outcome) == ("adapter_damaged", None, None)
-    house.runtime.blobs.delete(key)
+    house.storage.blobs.delete(key)
     assert codes(found(house)) == ["adapter_missing"]
     copy = house.add_collection(f"copy-{films.name}")
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         adapter_rows.add_adapter(connection, house.tenant.id, copy.id, version.manifest)
-    house.runtime.blobs.put(adapter_key(copy.id, version.digest), data)
+    house.storage.blobs.put(adapter_key(copy.id, version.digest), data)
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired"]
-    assert house.runtime.blobs.get(key) == data
+    assert house.storage.blobs.get(key) == data
 
 
 @pytest.mark.parametrize("pointer", [None, "gen_gone"])
 def test_searches_use_one_active_generation(house: House, films: Collection, pointer: str | None) -> None:
     before = house.scores(films.name)
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         if pointer is None:  # two are active
             connection.execute(update(generations).where(generations.c.collection_id == films.id).values(state="active"))
         else:
@@ -219,7 +219,7 @@ def test_searches_use_one_active_generation(house: House, films: Collection, poi
 
 
 def test_a_collection_without_any_generation_is_searched_with_the_frozen_backbone(house: House, films: Collection) -> None:
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         connection.execute(delete_from(generations).where(generations.c.collection_id == films.id))
     reported = found(house, repair=True)
     assert codes(reported) == ["vectors_of_nothing", "vectors_of_nothing", "active_generation_wrong"]
@@ -231,7 +231,7 @@ def test_a_collection_without_any_generation_is_searched_with_the_frozen_backbon
 def test_a_video_that_nothing_works_on_is_indexed(house: House, films: Collection) -> None:
     video = house.add_video(films, 2, index=False)
     assert found(house) == [], "its task is waiting"
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         connection.execute(delete_from(tasks).where(tasks.c.id == video.task_id))
     assert codes(found(house)) == ["video_abandoned"]
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired"]
@@ -241,26 +241,26 @@ def test_a_video_that_nothing_works_on_is_indexed(house: House, films: Collectio
 def test_rows_and_files_of_nothing_go(house: House, films: Collection) -> None:
     vectors = active_set(house, films)
     row = {"ordinal": 0, "start": 0.0, "end": 1.0, "pooled": bytes(256), "frames": bytes(256)}
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         for vector_set in (vectors, "gen_none"):
             connection.execute(insert(segments).values(vector_set=vector_set, video_id="vid_none", **row))
-    files = {key for kind in ("videos", "frames") for key in house.runtime.blobs.keys(f"{kind}/{films.id}/")}
+    files = {key for kind in ("videos", "frames") for key in house.storage.blobs.keys(f"{kind}/{films.id}/")}
     for kind, age in (("videos", 7200), ("frames", 7200), ("videos", 0)):
         key = f"{kind}/{films.id}/vid_none-{age}"
-        house.runtime.blobs.put(key, b"x")
-        path = house.runtime.settings.data / "blobs" / key
+        house.storage.blobs.put(key, b"x")
+        path = house.storage.settings.data / "blobs" / key
         os.utime(path, (time.time() - age,) * 2)
     reported = found(house)
     assert sorted(codes(reported)) == ["blob_of_nothing", "blob_of_nothing", "vectors_of_nothing", "vectors_of_nothing"]
     assert {finding.outcome for finding in found(house, repair=True)} == {"repaired"}
     assert found(house) == []
-    left = {key for kind in ("videos", "frames") for key in house.runtime.blobs.keys(f"{kind}/{films.id}/")}
+    left = {key for kind in ("videos", "frames") for key in house.storage.blobs.keys(f"{kind}/{films.id}/")}
     assert left - files == {f"videos/{films.id}/vid_none-0"}, "what may still be under way is left"
     assert len(house.scores(films.name)) == 3
 
 
 def test_captions_without_a_video_go(house: House, films: Collection) -> None:
-    raw = house.runtime.database.engine.raw_connection()
+    raw = house.storage.database.engine.raw_connection()
     raw.execute("PRAGMA foreign_keys=OFF")
     raw.execute("INSERT INTO captions (id, video_id, position, text) VALUES ('cap_x', 'vid_none', 0, 'x')")
     raw.execute("PRAGMA foreign_keys=ON")
@@ -268,7 +268,7 @@ def test_captions_without_a_video_go(house: House, films: Collection) -> None:
     assert codes(found(house)) == ["captions_of_nothing"]
     assert [finding.outcome for finding in found(house, repair=True)] == ["repaired"]
     assert found(house) == []
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         assert connection.execute(captions.select().where(captions.c.video_id == "vid_none")).first() is None
 
 
@@ -292,12 +292,12 @@ def test_a_video_that_is_deleted_while_it_is_looked_at_is_no_finding(house: Hous
 
     def delete_it(note: str) -> None:
         if note.startswith(f"default/{films.name}, ") and lost:
-            with house.runtime.database.write() as connection:
+            with house.storage.database.write() as connection:
                 delete.delete_video(connection, house.tenant.id, films.id, video.id)
             lost.clear()
 
     lost = [lose_frames(house, films, video)]
-    assert list(Fsck(house.runtime, tell=delete_it).run()) == []
+    assert list(Fsck(house.storage, house.encoder, house.decoders, tell=delete_it).run()) == []
     assert not lost
 
 

@@ -32,7 +32,9 @@ class Meanwhile:
     def __call__(self, generation: generation_rows.Generation, chunks: Sequence[Sequence[str]], progress: Any) -> None:
         done = 0
         for chunk in chunks:
-            generations.fill_chunk(self.workshop.runtime, self.workshop.tenant, generation.id, chunk)
+            generations.fill_chunk(
+                self.workshop.storage, self.workshop.encoder, self.workshop.decoders, self.workshop.tenant, generation.id, chunk
+            )
             done += len(chunk)
             self.chunks += 1
             if self.chunks == 1:
@@ -43,7 +45,7 @@ class Meanwhile:
 def activate(workshop: Workshop, collection: str, adapter: str | None, does: Callable[[], Any], **more: Any) -> Any:
     """An activation during which something happens."""
     progress = more.pop("progress", lambda *_: None)
-    where = (workshop.runtime, workshop.tenant, workshop.id(collection))
+    where = (workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, workshop.id(collection))
     return generations.activate(*where, adapter, progress, Meanwhile(workshop, does), **more)
 
 
@@ -114,7 +116,7 @@ def test_a_video_that_becomes_ready_without_the_new_vectors_is_found_by_the_next
 
     def meanwhile() -> None:
         late = workshop.video(collection, 4)
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             (made,) = [g for g in workshop.generations(collection) if g.adapter_id == adapter]
             connection.exec_driver_sql(f"delete from segments where vector_set = '{made.id}' and video_id = '{late}'")
 
@@ -175,10 +177,10 @@ def test_one_of_two_builders_is_cancelled_and_the_other_goes_on(workshop: Worksh
 
     def cancel() -> None:
         (made,) = [g for g in workshop.generations(collection) if g.adapter_id == adapter]
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             generation_rows.set_generation_state(connection, workshop.tenant, made.id, "retired")
             connection.exec_driver_sql("update generations set retired_at = '2000-01-01T00:00:00Z' where id = ?", (made.id,))
-        cleanup.retain(workshop.runtime)  # and retention takes it away under the other's hands
+        cleanup.retain(workshop.storage)  # and retention takes it away under the other's hands
 
     activate(workshop, collection, adapter, cancel)
     assert workshop.states(collection) == {None: "retired", adapter: "active"}
@@ -190,10 +192,10 @@ def test_a_collection_deleted_during_a_build(workshop: Workshop) -> None:
     adapter, key = workshop.adapter(collection, 1), workshop.id(collection)
     with pytest.raises(NotFound, match="collection"):
         activate(workshop, collection, adapter, lambda: workshop.guest.call("DELETE", f"/collections/{collection}"))
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         assert {g.state for g in generation_rows.generations_of(connection, workshop.tenant, key)} == {"active", "retired"}
     workshop.work()
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         assert generation_rows.generations_of(connection, workshop.tenant, key) == []
 
 
@@ -225,7 +227,7 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
     """A video, and then the generation itself, between the forward pass and the transaction that stores its vectors."""
     collection, videos = workshop.filled(range(2))
     adapter = workshop.adapter(collection, 1)
-    where = (workshop.runtime, workshop.tenant, workshop.id(collection))
+    where = (workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection))
     generation, _ = generations._round(*where, adapter, None)
     embed = index.embedded_segments
 
@@ -236,20 +238,32 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
 
     def then_remove(*arguments: Any) -> Any:
         rows = embed(*arguments)
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             generation_rows.set_generation_state(connection, workshop.tenant, generation.id, "retired")
             assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)
         return rows
 
     def rows() -> int:
-        with workshop.runtime.database.read() as connection:
+        with workshop.storage.database.read() as connection:
             query = "select count(*) from segments where ordinal >= 0 and vector_set = ?"
             return int(connection.exec_driver_sql(query, (generation.id,)).scalar() or 0)
 
-    monkeypatch.setattr(index, "segment_rows", then_delete)
-    assert generations.fill_chunk(*where[:2], generation.id, videos[:1]) == [] and rows() == 0
-    monkeypatch.setattr(index, "segment_rows", then_remove)
-    assert generations.fill_chunk(*where[:2], generation.id, videos[1:]) == [] and rows() == 0
+    monkeypatch.setattr(index, "embedded_segments", then_delete)
+    assert (
+        generations.fill_chunk(
+            workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, videos[:1]
+        )
+        == []
+        and rows() == 0
+    )
+    monkeypatch.setattr(index, "embedded_segments", then_remove)
+    assert (
+        generations.fill_chunk(
+            workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, videos[1:]
+        )
+        == []
+        and rows() == 0
+    )
 
 
 def test_a_generation_left_building_by_a_crash(workshop: Workshop) -> None:
@@ -257,22 +271,26 @@ def test_a_generation_left_building_by_a_crash(workshop: Workshop) -> None:
     collection, _ = workshop.filled(range(3))
     adapter = workshop.adapter(collection, 1)
     answer = workshop.ask(collection, adapter)
-    generation, missing = generations._round(workshop.runtime, workshop.tenant, workshop.id(collection), adapter, None)
-    generations.fill_chunk(workshop.runtime, workshop.tenant, generation.id, missing[:1])  # and here the worker dies
-    cleanup.sweep(workshop.runtime)
+    generation, missing = generations._round(
+        workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), adapter, None
+    )
+    generations.fill_chunk(
+        workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, missing[:1]
+    )  # and here the worker dies
+    cleanup.sweep(workshop.storage)
     assert workshop.states(collection)[adapter] == "building", "its task will come for it"
     assert workshop.done(answer)["embedded"] == 2
     other = workshop.adapter(collection, 2)
-    generations._round(workshop.runtime, workshop.tenant, workshop.id(collection), other, None)
-    cleanup.sweep(workshop.runtime)
+    generations._round(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), other, None)
+    cleanup.sweep(workshop.storage)
     assert workshop.states(collection) == {None: "retired", adapter: "active", other: "retired"}
 
 
 def test_frames_that_cannot_be_read_fail_one_video_and_not_the_build(workshop: Workshop) -> None:
     collection, videos = workshop.filled(range(3))
     for video in videos[:2]:
-        workshop.runtime.blobs.put(frames_key(workshop.id(collection), video), b"no zip")
-    workshop.runtime.blobs.delete(video_key(workshop.id(collection), videos[1]))  # the other one is decoded again
+        workshop.storage.blobs.put(frames_key(workshop.id(collection), video), b"no zip")
+    workshop.storage.blobs.delete(video_key(workshop.id(collection), videos[1]))  # the other one is decoded again
     adapter = workshop.adapter(collection, 1)
     assert workshop.activate(collection, adapter)["activated"]
     broken = workshop.guest.get(f"/collections/{collection}/videos/{videos[1]}").json()
@@ -298,7 +316,7 @@ def test_frozen_vectors_that_are_gone_are_built_anew_for_a_text_adapter(workshop
     both, text = workshop.adapter(collection, 1), workshop.adapter(collection, 2, "text")
     workshop.activate(collection, both)
     frozen = workshop.generations(collection)[0]
-    assert cleanup.remove_generation(workshop.runtime, frozen)
+    assert cleanup.remove_generation(workshop.storage, frozen)
     assert workshop.activate(collection, text)["embedded"] == 3
     assert workshop.states(collection) == {both: "retired", None: "retired", text: "active"}
     again = workshop.held(collection, None)
@@ -306,20 +324,20 @@ def test_frozen_vectors_that_are_gone_are_built_anew_for_a_text_adapter(workshop
         one, two = (np.frombuffer(v[video][0], np.float16).astype(np.float32) for v in (before, again))
         np.testing.assert_allclose(one, two, atol=2e-3)
     shared = next(g for g in workshop.generations(collection) if g.adapter_id is None)
-    assert shared.state == "retired" and not cleanup.remove_generation(workshop.runtime, shared), "another searches its vectors"
+    assert shared.state == "retired" and not cleanup.remove_generation(workshop.storage, shared), "another searches its vectors"
 
 
 def trained(workshop: Workshop, collection: str, rival: str | None, activate: str) -> Any:
     """A training task that died right after its version was published: R@1 10 with what was in use, 20 with the adapter."""
-    shape = AdapterShape(workshop.runtime.backbone.dims, rank=2, shared=0)
-    fingerprint = workshop.runtime.backbone.fingerprint
+    shape = AdapterShape(workshop.encoder.backbone.dims, rank=2, shared=0)
+    fingerprint = workshop.encoder.backbone.fingerprint
     data = adapters_store.pack(shape, fingerprint, {n: 30 * t for n, t in shape.initial(99).items()})
     recall = {name: {"text_to_video": {"R@1": value}} for name, value in (("before", 10.0), ("after", 20.0))}
     in_use = {"in_use": {"digest": rival, **recall["before"]}} if rival else {}
     metrics = {**recall, **in_use, "gain": {"mean": 10.0, "low": 5.0, "high": 15.0}}
     manifest = adapters_store.describe(data, metrics=metrics)
-    version = train.publish(workshop.runtime, workshop.tenant, workshop.id(collection), data, manifest)
-    with workshop.runtime.database.write() as connection:
+    version = train.publish(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, manifest)
+    with workshop.storage.database.write() as connection:
         request = {"recipe": {}, "activate": activate}
         task = task_rows.add_task(connection, workshop.tenant, workshop.id(collection), "train_adapter", request)
         task_rows.start_task(connection, workshop.tenant, task.id)
@@ -331,7 +349,7 @@ def trained(workshop: Workshop, collection: str, rival: str | None, activate: st
 def test_a_training_that_died_while_its_generation_was_built_does_not_train_again(workshop: Workshop) -> None:
     collection, _ = workshop.filled(range(3))  # without captions: it could not
     task = trained(workshop, collection, None, "if_better")
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     ended = workshop.guest.get(f"/tasks/{task.id}").json()
     assert ended["status"] == "succeeded" and ended["result"]["activated"], ended
     assert "20" in ended["result"]["reason"] and ended["result"]["embedded"] == 3
@@ -342,7 +360,7 @@ def test_an_adapter_is_not_activated_over_one_that_it_was_not_compared_with(work
     collection, _ = workshop.filled([1])
     task = trained(workshop, collection, None, "if_better")
     workshop.activate(collection, workshop.adapter(collection, 1))
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     result = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     assert not result["activated"] and "compared" in result["reason"]
 
@@ -351,7 +369,7 @@ def test_a_switch_by_hand_that_comes_after_the_verdict_counts(workshop: Workshop
     collection, _ = workshop.filled([1])
     task = trained(workshop, collection, None, "always")
     workshop.activate(collection, None)
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     result = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     assert not result["activated"] and "later" in result["reason"]
     assert workshop.guest.search(collection)["search_pool"]["adapter"] is None
@@ -361,15 +379,15 @@ def test_an_upload_into_a_collection_under_deletion_is_refused(workshop: Worksho
     collection, _ = workshop.filled([])
     key = workshop.id(collection)
     workshop.guest.call("DELETE", f"/collections/{collection}")
-    with pytest.raises(NotFound), workshop.runtime.database.write() as connection:
+    with pytest.raises(NotFound), workshop.storage.database.write() as connection:
         video_rows.add_video(connection, workshop.tenant, key, "vid_late", "a.mp4", "0", 1, {}, [])
 
 
 def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop) -> None:
     collection = workshop.guest.collection()
     answer = workshop.guest.upload(collection, clip(1)).json()
-    key, blobs = workshop.id(collection), workshop.runtime.blobs
-    decode = workshop.runtime.decoder.decode
+    key, blobs = workshop.id(collection), workshop.storage.blobs
+    decode = workshop.decoders.decode
 
     def slow(*arguments: Any) -> Any:
         decoded = decode(*arguments)
@@ -378,8 +396,8 @@ def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop
         return decoded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workshop.runtime.decoder, "decode", slow)
-        index.index_video(workshop.runtime, workshop.tenant, answer["video_id"])
+        patch.setattr(workshop.decoders, "decode", slow)
+        index.index_video(workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, answer["video_id"])
     assert not [k for kind in cleanup.KINDS for k in blobs.keys(f"{kind}/{key}/")]
 
 
@@ -388,7 +406,7 @@ def test_an_activation_that_was_asked_for_before_a_training_ended_does_not_undo_
     collection, _ = workshop.filled([1])
     by_hand = workshop.ask(collection, workshop.adapter(collection, 1))
     task = trained(workshop, collection, None, "always")
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     made = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     result = workshop.done(by_hand)
     assert made["activated"] and not result["activated"] and task.id in result["reason"]

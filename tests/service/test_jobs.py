@@ -35,11 +35,11 @@ from service.jobs.run import Report, Shift
 from service.jobs.supervisor import environment
 from service.jobs.task_rows import Task
 from service.jobs.worker import Worker
-from service.runtime import Runtime
 from service.settings import Settings
 from service.storage import collection_rows, facts
 from service.storage.blobs import BlobMissing
 from service.storage.rows import NotFound
+from service.storage.storage import Storage
 from service.videos import video_rows
 
 Job = Callable[[Shift, Task, Report], Any]
@@ -68,23 +68,23 @@ def asked(workshop: Workshop, kind: str = "evaluate") -> Task:
     collection = workshop.guest.collection()
     if kind == "index_video":
         return workshop.task(workshop.guest.upload(collection, clip(700)))
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         return task_rows.add_task(connection, workshop.tenant, workshop.id(collection), kind, {"split": "all"})
 
 
 def state(workshop: Workshop, task: Task) -> Task:
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         return task_rows.task(connection, workshop.tenant, task.id)
 
 
 def video_of(workshop: Workshop, task: Task) -> video_rows.Video:
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         return video_rows.video(connection, workshop.tenant, task.request["video_id"])
 
 
 def started(workshop: Workshop, task: Task, times: int = 1) -> None:
     """As the death of a worker leaves it."""
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         task_rows.start_task(connection, workshop.tenant, task.id, attempts=times)
 
 
@@ -105,7 +105,7 @@ def started(workshop: Workshop, task: Task, times: int = 1) -> None:
 def test_what_may_pass_is_tried_again_later(workshop: Workshop, does: Any, error: Exception) -> None:
     does(raises(error))
     task = asked(workshop)
-    again = Shift(workshop.runtime).run(workshop.tenant, task.id, tries=2)
+    again = Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=2)
     assert again is not None and again["tries"] == 3 and 7 <= again["seconds"] <= 23
     now = state(workshop, task)
     assert (now.status, now.attempts, now.error) == ("queued", 0, None) and "tried again" in now.message
@@ -129,7 +129,7 @@ def test_what_may_pass_is_tried_again_later(workshop: Workshop, does: Any, error
 def test_what_will_not_pass_fails_at_once(workshop: Workshop, does: Any, error: Exception, code: str) -> None:
     does(raises(error))
     task = asked(workshop)
-    assert Shift(workshop.runtime).run(workshop.tenant, task.id) is None
+    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id) is None
     now = state(workshop, task)
     assert (now.status, (now.error or {})["code"]) == ("failed", code)
 
@@ -137,9 +137,11 @@ def test_what_will_not_pass_fails_at_once(workshop: Workshop, does: Any, error: 
 def test_the_last_try_fails_the_task_and_its_video_with_the_reason(workshop: Workshop, does: Any) -> None:
     does(raises(ConnectionResetError("the store is gone")))
     task = asked(workshop, "index_video")
-    most = workshop.runtime.settings.job_tries
-    assert Shift(workshop.runtime).run(workshop.tenant, task.id, tries=most - 1) is not None
-    assert Shift(workshop.runtime).run(workshop.tenant, task.id, tries=most) is None
+    most = workshop.storage.settings.job_tries
+    assert (
+        Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most - 1) is not None
+    )
+    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) is None
     error = state(workshop, task).error or {}
     assert error["code"] == "worker_failed" and "the store is gone" in error["detail"] and f"{most} times" in error["detail"]
     assert (video_of(workshop, task).status, video_of(workshop, task).error) == ("failed", error)
@@ -153,21 +155,25 @@ def test_a_start_that_got_further_than_all_before_has_all_its_tries_again(worksh
 
     does(job)
     task = asked(workshop)
-    most = workshop.runtime.settings.job_tries
-    assert (Shift(workshop.runtime).run(workshop.tenant, task.id, tries=most) or {})["tries"] == 2
-    assert Shift(workshop.runtime).run(workshop.tenant, task.id, tries=most) is None, "not further than before"
+    most = workshop.storage.settings.job_tries
+    assert (Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) or {})[
+        "tries"
+    ] == 2
+    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) is None, (
+        "not further than before"
+    )
 
 
 def test_a_task_that_kills_its_worker_again_and_again_fails(workshop: Workshop) -> None:
     task = asked(workshop, "index_video")
     started(workshop, task, times=3)
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     now = state(workshop, task)
     assert (now.status, (now.error or {})["code"]) == ("failed", "job_killed_worker")
     assert video_of(workshop, task).status == "failed"
     other = asked(workshop, "index_video")
     started(workshop, other, times=2)
-    Shift(workshop.runtime).run(workshop.tenant, other.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, other.id)
     assert state(workshop, other).status == "succeeded"
 
 
@@ -184,13 +190,13 @@ def test_progress_clears_of_suspicion_and_never_falls(workshop: Workshop, does: 
     does(job)
     task = asked(workshop)
     started(workshop, task, times=2)
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     assert seen == [(0.5, 1), (0.5, 1)]
 
 
 def test_of_tasks_that_ran_when_their_worker_died_one_is_started_at_a_time(workshop: Workshop, does: Any) -> None:
     at_once: list[int] = []
-    shift = Shift(workshop.runtime)
+    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
 
     def job(*_: Any) -> dict[str, Any]:
         at_once.append(len(shift.running))
@@ -220,7 +226,7 @@ def test_a_suspect_that_has_run_for_a_while_holds_up_no_other(
     tasks = [asked(workshop) for _ in range(2)]
     for task in tasks:
         started(workshop, task)
-    shift = Shift(workshop.runtime)
+    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda task: shift.run(workshop.tenant, task.id), tasks))
     assert [state(workshop, task).status for task in tasks] == ["succeeded"] * 2
@@ -240,7 +246,7 @@ def test_a_worker_that_stops_puts_its_tasks_back_as_if_they_had_not_been_started
 
     does(job)
     task, later = asked(workshop), asked(workshop)
-    shift = Shift(workshop.runtime)
+    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
     threading.Thread(target=shift.run, args=(workshop.tenant, task.id), daemon=True).start()
     assert reached.wait(10) and not shift.at_rest()
     shift.stop()
@@ -256,9 +262,9 @@ def test_a_waiting_upload_is_cancelled_at_once_and_may_come_again(workshop: Work
     answer = workshop.guest.post(f"/tasks/{task.id}/cancel")
     assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
     assert (video_of(workshop, task).status, (video_of(workshop, task).error or {})["code"]) == ("failed", "cancelled")
-    Shift(workshop.runtime).run(workshop.tenant, task.id)  # the engine still hands it out
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)  # the engine still hands it out
     assert video_of(workshop, task).status == "failed"
-    with workshop.runtime.database.read() as connection:
+    with workshop.storage.database.read() as connection:
         collection = collection_rows.collection_name(connection, workshop.tenant, str(task.collection_id))
     assert workshop.guest.upload(collection, clip(700)).json()["duplicate_of"] is None
 
@@ -266,14 +272,14 @@ def test_a_waiting_upload_is_cancelled_at_once_and_may_come_again(workshop: Work
 def test_a_running_upload_is_cancelled_at_its_next_report(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "REPORT_SECONDS", 0.0)
     task = asked(workshop, "index_video")
-    decode = workshop.runtime.decoder.decode
+    decode = workshop.decoders.decode
 
     def cancel_meanwhile(*arguments: Any) -> Any:
         assert workshop.guest.post(f"/tasks/{task.id}/cancel").json()["status"] == "running"
         return decode(*arguments)
 
-    monkeypatch.setattr(workshop.runtime.decoder, "decode", cancel_meanwhile)
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    monkeypatch.setattr(workshop.decoders, "decode", cancel_meanwhile)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     assert state(workshop, task).status == "cancelled"
     assert (video_of(workshop, task).error or {})["code"] == "cancelled"
 
@@ -283,9 +289,11 @@ def test_the_decoder_is_ended_when_the_task_is_cancelled_or_the_video_deleted(wo
     collection = workshop.guest.collection(segment_seconds=1.0)
     answer = workshop.guest.upload(collection, clip(990, seconds=60, size=(1280, 720)))  # some seconds of work
     task = workshop.task(answer)
-    shift = threading.Thread(target=Shift(workshop.runtime).run, args=(workshop.tenant, task.id))
+    shift = threading.Thread(
+        target=Shift(workshop.storage, workshop.encoder, workshop.decoders).run, args=(workshop.tenant, task.id)
+    )
     shift.start()
-    wait_for("decoding", lambda: any(workshop.runtime.settings.scratch.glob("decode-*/*.jpg")))
+    wait_for("decoding", lambda: any(workshop.storage.settings.scratch.glob("decode-*/*.jpg")))
     if way == "cancelled":
         assert workshop.guest.post(f"/tasks/{task.id}/cancel").json()["status"] == "running"
     else:
@@ -293,7 +301,7 @@ def test_the_decoder_is_ended_when_the_task_is_cancelled_or_the_video_deleted(wo
     shift.join(60)
     assert state(workshop, task).status == "cancelled"
     assert state(workshop, task).progress < 0.5, "the decoding was not waited for"
-    assert not any(workshop.runtime.settings.scratch.glob("decode-*"))
+    assert not any(workshop.storage.settings.scratch.glob("decode-*"))
 
 
 def test_a_task_cancelled_while_its_worker_was_dead_does_not_run(workshop: Workshop, does: Any) -> None:
@@ -301,7 +309,7 @@ def test_a_task_cancelled_while_its_worker_was_dead_does_not_run(workshop: Works
     task = asked(workshop)
     started(workshop, task)
     assert workshop.guest.post(f"/tasks/{task.id}/cancel").json()["status"] == "running"
-    Shift(workshop.runtime).run(workshop.tenant, task.id)
+    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
     assert state(workshop, task).status == "cancelled"
 
 
@@ -309,7 +317,7 @@ def test_a_purge_is_not_cancelled(workshop: Workshop) -> None:
     task = asked(workshop, "purge")
     answer = workshop.guest.post(f"/tasks/{task.id}/cancel")
     assert (answer.status_code, answer.json()["code"]) == (409, "task_not_cancellable")
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         task_rows.end_task(connection, workshop.tenant, task.id, "failed")
 
 
@@ -317,7 +325,7 @@ def test_a_task_tells_what_is_left_at_the_pace_so_far(workshop: Workshop) -> Non
     task = asked(workshop)
     assert routes.show(task, None)["eta_seconds"] is None
     started(workshop, task)
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         started_at = "2020-01-01T00:00:00.000000Z"
         task_rows.set_task(connection, workshop.tenant, task.id, progress=0.5, started_at=started_at)
     eta = workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"]
@@ -346,10 +354,10 @@ def test_events_are_resumed_where_the_client_left_off(workshop: Workshop, monkey
         wait_for("the start", lambda: sent == [0, 1])
         back, before = pool.submit(workshop.guest.call, "GET", path, headers={"Last-Event-ID": "1"}), len(looks)
         wait_for("the second stream", lambda: len(looks) > before + 4)
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             task_rows.set_task(connection, workshop.tenant, task.id, progress=0.5)
         wait_for("the progress in both", lambda: sent == [0, 1, 2, 2])
-        with workshop.runtime.database.write() as connection:
+        with workshop.storage.database.write() as connection:
             task_rows.end_task(connection, workshop.tenant, task.id, "succeeded", result={"a": 1})
         told, newer = events(fresh.result().text), events(back.result().text)
     assert [number for number, _ in told] == [0, 1, 2, 3]
@@ -374,7 +382,7 @@ def test_a_stream_of_events_ends_when_the_server_drains(workshop: Workshop) -> N
 
 def test_old_tasks_are_forgotten_and_open_ones_are_not(workshop: Workshop) -> None:
     ended, waiting = asked(workshop), asked(workshop)
-    with workshop.runtime.database.write() as connection:
+    with workshop.storage.database.write() as connection:
         task_rows.end_task(connection, workshop.tenant, ended.id, "succeeded")
         task_rows.forget_tasks(connection, ended.created_at)
         assert task_rows.task(connection, workshop.tenant, ended.id)
@@ -399,7 +407,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield worker, client
         DBOS.destroy(destroy_registry=True)
         worker.jobs.close()
-        worker.runtime.close()
+        worker.storage.close()
 
 
 @pytest.fixture
@@ -412,7 +420,7 @@ def engine(house: tuple[Worker, Any]) -> Jobs:
     return house[0].jobs
 
 
-def ended(shop: Workshop, task: Task, seconds: float = 30.0) -> Task:
+def ended(shop: Workshop, task: Task, seconds: float = 120.0) -> Task:
     return wait_for("its end", lambda: (now := state(shop, task)).status not in task_rows.OPEN and now, seconds)  # type: ignore[no-any-return]
 
 
@@ -459,7 +467,7 @@ def test_the_sweep_finds_what_no_queue_knows_and_what_the_engine_gave_up(shop: W
     wait_for("it to break", lambda: flows(engine, broken) == [("", "ERROR")])
     started(shop, deadly, times=3)
     for _ in range(3):
-        sweep(shop.runtime, engine)
+        sweep(shop.storage, engine)
     assert ended(shop, lost).status == ended(shop, broken).status == "succeeded"
     assert ended(shop, deadly).status == "failed"
     assert sorted(runs) == sorted([lost.id, broken.id])
@@ -553,7 +561,7 @@ def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Wor
     collection = shop.guest.collection()
     assert ended(shop, shop.task(shop.guest.upload(collection, clip(721)))).status == "succeeded"
     adapter = shop.adapter(collection, 1)
-    fill, left = activate.fill_chunk, [shop.runtime.settings.job_tries + 1]
+    fill, left = activate.fill_chunk, [shop.storage.settings.job_tries + 1]
 
     def full(*arguments: Any) -> list[str]:
         if left[0]:
@@ -596,8 +604,8 @@ def test_workflows_that_ended_long_ago_are_forgotten(shop: Workshop, engine: Job
     assert flows(engine, task) == []
 
 
-def living(runtime: Runtime) -> set[str]:
-    with runtime.database.read() as connection:
+def living(storage: Storage) -> set[str]:
+    with storage.database.read() as connection:
         return facts.living_workers(connection, 60)
 
 
@@ -606,14 +614,14 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
     house: tuple[Worker, Any], shop: Workshop, engine: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, _ = house
-    settings = here.runtime.settings
+    settings = here.storage.settings
     if settings.database_url is None:
         pytest.skip("SQLite has one worker")
     variables = {**os.environ, **environment(settings), "POLYCLIP_WORKER_ID": "there"}
     there = f"{socket.gethostname()}:{settings.data.absolute()}:there"
     with subprocess.Popen([sys.executable, "-m", "service.jobs.worker", "--queues", "index"], env=variables) as other:
         try:
-            wait_for("the other worker", lambda: there in living(shop.runtime))
+            wait_for("the other worker", lambda: there in living(shop.storage))
             collection = shop.guest.collection()
             tasks = [shop.task(shop.guest.upload(collection, clip(730 + i, seconds=20.0))) for i in range(16)]
             wait_for("a job of its own", lambda: engine._list(status="PENDING", executor_id=there))
@@ -621,10 +629,10 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
             os.kill(other.pid, signal.SIGKILL)
     stranded = [flow.workflow_id for flow in engine._list(status="PENDING", executor_id=there)]
     here._beat()
-    rescue(shop.runtime, engine)
+    rescue(shop.storage, engine)
     assert stranded == [flow.workflow_id for flow in engine._list(status="PENDING", executor_id=there)] != [], "not dead yet"
     monkeypatch.setattr(queue, "DEAD_SECONDS", 0.5)
     time.sleep(0.6)
     here._beat()
-    rescue(shop.runtime, engine)
+    rescue(shop.storage, engine)
     assert [ended(shop, task).status for task in tasks] == ["succeeded"] * 16

@@ -40,7 +40,7 @@ def test_an_address_that_guesses_waits_and_good_keys_go_on(tmp_path: Path) -> No
     with application(tmp_path / "data") as client:
         guest = new_tenant(client)
         assert guest.call("GET", "/collections").status_code == 200
-        limit = client.app.state.house.runtime.settings.wrong_keys
+        limit = client.app.state.services.storage.settings.wrong_keys
         statuses = [client.get("/collections", headers={"X-API-Key": f"pc_{i}_x"}).status_code for i in range(limit + 1)]
         assert statuses == [401] * limit + [429]
         answer = client.get("/collections", headers={"X-API-Key": "pc_other_x"})
@@ -71,7 +71,7 @@ def waiting_task(guest: Tenant) -> str:
 
 
 def test_a_revoked_key_ends_its_event_stream(client: Any, guest: Tenant) -> None:
-    task, house = waiting_task(guest), client.app.state.house
+    task, house = waiting_task(guest), client.app.state.services
     made = client.post(f"/admin/tenants/{guest.name}/keys", json={"role": "write"}, headers=ROOT).json()
     import threading
     import time
@@ -90,9 +90,9 @@ def test_a_revoked_key_ends_its_event_stream(client: Any, guest: Tenant) -> None
 
 
 def test_a_key_holds_so_many_event_streams_and_no_more(client: Any, guest: Tenant) -> None:
-    task, house = waiting_task(guest), client.app.state.house
+    task, house = waiting_task(guest), client.app.state.services
     made = client.post(f"/admin/tenants/{guest.name}/keys", json={"role": "write"}, headers=ROOT).json()
-    house.streams[made["id"]] = house.runtime.settings.event_streams
+    house.streams[made["id"]] = house.storage.settings.event_streams
     try:
         answer = client.get(f"/tasks/{task}/events", headers={"X-API-Key": made["key"]})
         check_problem(answer, 429, "too_many_streams")

@@ -45,7 +45,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def until(browser: Any, look: Any, seconds: float = 20) -> Any:
+def until(browser: Any, look: Any, seconds: float = 60) -> Any:
     try:
         return WebDriverWait(browser, seconds).until(look)
     except TimeoutException as error:

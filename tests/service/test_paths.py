@@ -31,8 +31,8 @@ def test_data_folders_of_any_name_keep_apart(tmp_path: Path) -> None:
         assert held[name]
     for name in NAMES:
         with House(tmp_path / name, tenant="other") as house:
-            delete.sweep_orphans(house.runtime, grace=0)
-            assert house.runtime.blobs.keys("videos/")
+            delete.sweep_orphans(house.storage, grace=0)
+            assert house.storage.blobs.keys("videos/")
     assert held == {name: {p for p in (tmp_path / name / "blobs").rglob("*") if p.is_file()} for name in NAMES}
 
 

@@ -21,7 +21,7 @@ import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service.adapters import train
-from service.runtime import Runtime
+from service.cli.local import Parts
 from service.search.frame_vectors import FrameVectors
 from service.search.query import Searcher
 from service.settings import Settings
@@ -46,33 +46,34 @@ class House:
     """A data folder with collections of random vectors, each with an adapter of its own, and room for few of them."""
 
     def __init__(self, folder: Path, room: int, **settings: Any) -> None:
-        self.runtime = Runtime(Settings(data=folder, threads=1, adapter_bytes=1, **settings))
-        self.runtime.prepare()
-        size = AdapterStack.slot_bytes(self.runtime.backbone.dims, 16)
-        self.runtime.close()
+        self.parts = Parts.over(Settings(data=folder, threads=1, adapter_bytes=1, **settings))
+        self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
+        size = AdapterStack.slot_bytes(self.encoder.backbone.dims, 16)
+        self.parts.close()
         limits = {"adapter_bytes": (room + 1) * size, "adapter_max_rank": 24}
-        self.runtime = Runtime(Settings(data=folder, threads=1, **limits, **settings))
-        self.searcher = Searcher(self.runtime)
-        with self.runtime.database.write() as connection:
+        self.parts = Parts.over(Settings(data=folder, threads=1, **limits, **settings))
+        self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
+        self.searcher = Searcher(self.storage, self.encoder)
+        with self.storage.database.write() as connection:
             self.tenants = [tenant_rows.create_tenant(connection, name, {}) for name in ("acme", "borealis")]
 
     def add(self, number: int, rank: int | None = 8) -> Known:
-        backbone, tenant = self.runtime.backbone, self.tenants[number % 2]
+        backbone, tenant = self.encoder.backbone, self.tenants[number % 2]
         rng = np.random.default_rng(number)
         frames = rng.normal(size=(VIDEOS, FRAMES, backbone.embed_dim)).astype(np.float16)
         pooled = frames.astype(np.float32).mean(1)
         pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
         name, digest, adapter, version = f"films-{number}", None, None, None
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             collection = collection_rows.create_collection(connection, tenant, name, {}, backbone.fingerprint)
         if rank is not None:
             shape = AdapterShape(backbone.dims, rank, 8)
             tensors = {n: 20 * t for n, t in shape.initial(number).items()}
             packed = adapters_store.pack(shape, backbone.fingerprint, tensors)
             manifest = adapters_store.describe(packed)
-            version = train.publish(self.runtime, tenant.id, collection.id, packed, manifest).id
+            version = train.publish(self.storage, self.encoder, tenant.id, collection.id, packed, manifest).id
             adapter, digest = shape.assemble(tensors), manifest.digest
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             generation = collection.active_generation_id
             if version is not None:
                 row = generation_rows.add_generation(
@@ -91,7 +92,7 @@ class House:
 
     def expected(self, known: Known, text: str) -> list[float]:
         """Scores of all its videos, best first, encoded alone with the adapter as a plain argument."""
-        backbone = self.runtime.backbone
+        backbone = self.encoder.backbone
         with torch.inference_mode():
             query = backbone.encode_text(backbone.tokenize([text]).ids, known.adapter)
             return sorted(q_score(query, known.frames)[0].tolist(), reverse=True)
@@ -106,7 +107,7 @@ class House:
 def house(tmp_path: Path) -> Iterator[House]:
     made = House(tmp_path / "data", room=3)
     yield made
-    made.runtime.close()
+    made.parts.close()
 
 
 def test_a_storm_of_queries_over_more_adapters_than_there_is_room_for(house: House) -> None:
@@ -120,22 +121,22 @@ def test_a_storm_of_queries_over_more_adapters_than_there_is_room_for(house: Hou
 
     for question, got in zip(asked, asyncio.run(storm()), strict=True):
         assert got == pytest.approx(house.expected(*question), abs=1e-4)
-    counters = house.runtime.residency.counters
+    counters = house.encoder.residency.counters
     assert counters.evictions > 0 and counters.failures == 0
-    assert set(house.runtime.residency.states().values()) <= {"inactive", "offloaded"}, "every lease was given back"
+    assert set(house.encoder.residency.states().values()) <= {"inactive", "offloaded"}, "every lease was given back"
 
 
 def test_queries_of_several_threads_share_batches(house: House) -> None:
     known = [house.add(n) for n in range(3)]
     house.searcher.search(known[0].tenant, known[0].name, "warm up")
-    before = house.runtime.texts.batches
+    before = house.encoder.texts.batches
     with ThreadPoolExecutor(24) as pool:
         asked = [(known[i % 3], f"text number {i}") for i in range(48)]
         found = list(pool.map(lambda q: house.searcher.search(q[0].tenant, q[0].name, q[1], wanted=VIDEOS), asked))
     for question, answer in zip(asked, found, strict=True):
         assert [hit.score for hit in answer.hits] == pytest.approx(house.expected(*question), abs=1e-4)
         assert {"queue", "encode", "search", "rescore", "total"} <= set(answer.timings_ms)
-    assert house.runtime.texts.batches - before < 48
+    assert house.encoder.texts.batches - before < 48
 
 
 def test_the_same_text_is_encoded_once_for_an_adapter_and_anew_for_another(house: House) -> None:
@@ -150,11 +151,11 @@ def test_the_same_text_is_encoded_once_for_an_adapter_and_anew_for_another(house
 
 def test_a_caller_that_goes_away_leaves_nothing_behind(house: House) -> None:
     known = house.add(0)
-    batcher, started = house.runtime.texts, []
+    batcher, started = house.encoder.texts, []
 
     async def leave() -> None:
         task = asyncio.create_task(house.scores(known, "never mind"))
-        while not house.runtime.residency.states():
+        while not house.encoder.residency.states():
             await asyncio.sleep(0.001)
         started.append(time.monotonic())
         task.cancel()
@@ -164,29 +165,29 @@ def test_a_caller_that_goes_away_leaves_nothing_behind(house: House) -> None:
     asyncio.run(leave())
     assert house.searcher.search(known.tenant, known.name, "never mind").hits, "the next one computes it"
     assert batcher.depth == 0
-    assert "active" not in house.runtime.residency.states().values()
+    assert "active" not in house.encoder.residency.states().values()
 
 
 def test_a_pinned_collection_keeps_its_adapter_on_the_device(house: House) -> None:
     known = [house.add(n) for n in range(6)]
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         collection = collection_rows.collection_named(connection, known[0].tenant, known[0].name)
         collection_rows.change_collection(connection, known[0].tenant, collection.id, {"pinned": True})
     for each in known:
         house.searcher.search(each.tenant, each.name, "a red ball")
-    states = house.runtime.residency.states()
+    states = house.encoder.residency.states()
     assert states[str(known[0].digest)] == "active"
     assert sorted(states.values()).count("offloaded") == 3
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         collection_rows.change_collection(connection, known[0].tenant, collection.id, {})
     house.searcher.search(known[0].tenant, known[0].name, "a red ball")
-    assert house.runtime.residency.states()[str(known[0].digest)] == "inactive"
+    assert house.encoder.residency.states()[str(known[0].digest)] == "inactive"
 
 
 def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -> None:
     house = House(tmp_path / "data", room=3, queue_texts=2, search_seconds=0.2)
     known = house.add(0, rank=None)
-    backbone, encode = house.runtime.backbone, house.runtime.backbone.encode_text
+    backbone, encode = house.encoder.backbone, house.encoder.backbone.encode_text
 
     def slow(*arguments: Any, **options: Any) -> torch.Tensor:
         time.sleep(0.5)
@@ -202,19 +203,19 @@ def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -
     kinds = {type(outcome) for outcome in outcomes}
     assert list in kinds and BatcherFull in kinds and kinds <= {list, BatcherFull, DeadlinePassed}
     assert all(o.retry_after > 0 for o in outcomes if isinstance(o, BatcherFull))
-    house.runtime.close()
+    house.parts.close()
 
 
 def test_frame_vectors_are_read_once_and_kept_within_their_bytes(house: House) -> None:
     known = house.add(0)
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         _, generation = collection_rows.active_generation(connection, known.tenant, known.name)
         seqs = [row["seq"] for row in segment_rows.segments_after(connection, known.tenant, generation.vector_set, 0, 100)]
     row = known.frames[0].numel() * 2
-    cache = FrameVectors(house.runtime.database, 3 * row)
+    cache = FrameVectors(house.storage.database, 3 * row)
     kept = cache.get(known.tenant, generation.vector_set, seqs[:2])
     assert list(kept) == seqs[:2] and cache.bytes == 2 * row
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         video_rows.mark_video_deleted(connection, known.tenant, "vid_0_0")  # its rows are gone from the table
     assert list(cache.get(known.tenant, generation.vector_set, seqs[:3])) == seqs[:3], "two from memory, one read"
     cache.get(known.tenant, generation.vector_set, seqs[2:5])
@@ -227,7 +228,7 @@ def test_a_video_deleted_behind_the_index_is_in_no_page_and_in_no_total(house: H
     first = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
     assert (len(first.hits), first.total) == (6, VIDEOS), "one more than wanted tells that there is a next page"
     best = first.hits[0].video.id
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         video_rows.set_video(connection, known.tenant, best, deleted_at="2026-01-01T00:00:00Z")  # no tombstone yet
     again = house.searcher.search(known.tenant, known.name, "a red ball", wanted=5)
     assert [hit.video.id for hit in again.hits] == [hit.video.id for hit in first.hits[1:]] + [again.hits[-1].video.id]
@@ -235,7 +236,7 @@ def test_a_video_deleted_behind_the_index_is_in_no_page_and_in_no_total(house: H
 
 
 def test_a_text_that_another_tenant_has_searched_is_encoded_anew(client: Any) -> None:
-    texts, text = client.app.state.house.searcher.texts, "a text that two tenants search"
+    texts, text = client.app.state.services.searcher.texts, "a text that two tenants search"
     for _ in range(2):
         searcher = new_tenant(client)
         films = searcher.collection()
@@ -249,7 +250,7 @@ def test_a_video_of_many_segments_keeps_no_other_out_and_pages_are_of_one_list(t
     with Workroom(tmp_path / "data", candidates=20, segment_seconds=1.0) as house:
         collection = house.add_collection("films")
         names = {house.add_video(collection, 0, seconds=120.0).id, *(house.add_video(collection, n).id for n in range(1, 12))}
-        with closing(Searcher(house.runtime)) as searcher:
+        with closing(Searcher(house.storage, house.encoder)) as searcher:
             for text in ("a red ball", "night", "colour number 0"):
                 found = searcher.search(house.tenant.id, "films", text, wanted=50)
                 assert {hit.video.id for hit in found.hits} == names

@@ -27,12 +27,12 @@ from adapters_store import pack
 from backbone import AdapterShape, load_backbone
 from service.adapters import train
 from service.cli import local
+from service.cli.local import Parts
 from service.jobs import supervisor, task_rows
 from service.jobs.queue import Jobs, sweep
 from service.jobs.run import Shift
 from service.jobs.supervisor import Supervisor
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from training.recipe import InvalidRecipe
 
 ENDLESS = {"steps": 100_000, "batch_size": 8, "frames": 2, "evaluations": 1}
@@ -70,10 +70,10 @@ def test_a_data_folder_is_its_owners_alone_and_the_root_key_is_in_no_other_proce
 
 
 def test_a_data_folder_of_before_is_shut_off_when_it_is_next_opened(house: House) -> None:
-    data, database = house.runtime.settings.data, house.runtime.settings.data / "polyclip.sqlite"
+    data, database = house.storage.settings.data, house.storage.settings.data / "polyclip.sqlite"
     data.chmod(0o755)
     database.chmod(0o644)
-    Runtime(house.runtime.settings).close()
+    Parts.over(house.storage.settings).close()
     assert (data.stat().st_mode & 0o777, database.stat().st_mode & 0o777) == (0o700, 0o600)
 
 
@@ -96,7 +96,7 @@ def test_the_waits_grow_from_death_to_death_and_begin_anew_after_a_long_life(
 ) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF", (0.1, 0.2, 0.3))
     monkeypatch.setattr(supervisor, "STEADY_SECONDS", 1.0)
-    keeper = Supervisor(house.runtime.settings)
+    keeper = Supervisor(house.storage.settings)
     with capture_logs() as deaths:
         keeper.start()  # there is no program: the process cannot even be made
         wait_for("two deaths", lambda: len(deaths) >= 2)
@@ -114,7 +114,7 @@ def test_a_worker_that_does_not_end_is_killed(
 ) -> None:
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.5)
     program(f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done")
-    keeper = Supervisor(house.runtime.settings)
+    keeper = Supervisor(house.storage.settings)
     keeper.start()
     pid = int(wait_for("its life", lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
     keeper.stop()
@@ -202,10 +202,10 @@ def test_how_a_training_process_ended_is_told(
     error = {"event": "error", "code": "internal", "detail": "could not create a primitive"}
     program(script.format(error=json.dumps(error)))
     films = house.collection("films")
-    with house.runtime.database.write() as connection:
+    with house.storage.database.write() as connection:
         request = {"recipe": ENDLESS, "activate": "never"}
         task = task_rows.add_task(connection, house.tenant.id, films.id, "train_adapter", request)
-    assert Shift(house.runtime).run(house.tenant.id, task.id) is None
+    assert Shift(house.storage, house.encoder, house.decoders).run(house.tenant.id, task.id) is None
     ended = state(house, task)
     assert ended.status == "failed" and ended.error is not None
     assert ended.error["code"] == code and words in ended.error["detail"]
@@ -327,37 +327,37 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 def state(house: House, task: Task) -> Task:
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         return task_rows.task(connection, house.tenant.id, task.id)
 
 
 def open_tasks(house: House) -> list[Task]:
-    with house.runtime.database.read() as connection:
+    with house.storage.database.read() as connection:
         return task_rows.open_tasks(connection)
 
 
 @pytest.mark.slow
 def test_the_sweep_ends_the_training_of_a_command_that_was_killed(house: House) -> None:
-    data = house.runtime.settings.data
+    data = house.storage.settings.data
     recipe = ["--recipe", json.dumps(ENDLESS), "--json"]
     command = [sys.executable, "-m", "service.cli", "train", "--collection", "films", "--data", str(data), *recipe]
-    engine = Jobs(house.runtime.settings)
+    engine = Jobs(house.storage.settings)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
         try:
             (task,) = wait_for("its task", lambda: open_tasks(house))
-            sweep(house.runtime, engine)
+            sweep(house.storage, engine)
             assert state(house, task).status == "running"
         finally:
             training.kill()
     assert state(house, task).status == "running"
-    sweep(house.runtime, engine)
+    sweep(house.storage, engine)
     engine.close()
     assert (state(house, task).status, (state(house, task).error or {})["code"]) == ("failed", "interrupted")
     assert not list(data.glob("offline-*"))
 
 
 def test_a_command_that_ends_by_itself_leaves_no_sign_of_life(house: House) -> None:
-    settings = house.runtime.settings
+    settings = house.storage.settings
     with pytest.raises(InvalidRecipe):
         local.train_collection(settings, "default", "films", {"rnak": 1}, "never", None)
     assert not open_tasks(house) and not list(settings.data.glob("offline-*"))

@@ -55,7 +55,7 @@ def adapter_file(client: Any) -> bytes:
 
     import adapters_store
 
-    backbone = client.app.state.house.runtime.backbone
+    backbone = client.app.state.services.encoder.backbone
     shape = AdapterShape(backbone.dims, 2, 0, "text")
     tensors = {name: torch.zeros(size) for name, size in shape.layout().items()}
     return adapters_store.pack(shape, backbone.fingerprint, tensors)
@@ -176,8 +176,8 @@ def test_the_owner_still_has_everything(estate: Estate) -> None:
 
 
 def test_no_function_of_the_catalog_finds_another_tenants_rows(estate: Estate, stranger: Tenant) -> None:
-    runtime = estate.owner.client.app.state.house.runtime
-    with runtime.database.read() as connection:
+    services = estate.owner.client.app.state.services
+    with services.storage.database.read() as connection:
         mine = tenant_rows.tenant_named(connection, stranger.name).id
         owner = tenant_rows.tenant_named(connection, estate.owner.name).id
         theirs = collection_rows.collection_named(connection, owner, estate.collection)
@@ -202,8 +202,8 @@ def test_no_function_of_the_catalog_finds_another_tenants_rows(estate: Estate, s
 
 def test_vectors_are_read_by_their_own_tenant_only(estate: Estate, stranger: Tenant) -> None:
     """Rows of `segments` bear no tenant: the functions that read them must look at whose vector set it is."""
-    runtime = estate.owner.client.app.state.house.runtime
-    with runtime.database.write() as connection:
+    services = estate.owner.client.app.state.services
+    with services.storage.database.write() as connection:
         mine = tenant_rows.tenant_named(connection, stranger.name).id
         owner = tenant_rows.tenant_named(connection, estate.owner.name).id
         generation = collection_rows.active_generation(connection, owner, estate.collection)[1]
@@ -223,16 +223,16 @@ def test_vectors_are_read_by_their_own_tenant_only(estate: Estate, stranger: Ten
 
 
 def test_training_sees_only_the_tenants_own_captions(estate: Estate, stranger: Tenant) -> None:
-    runtime = estate.owner.client.app.state.house.runtime
-    with runtime.database.read() as connection:
+    services = estate.owner.client.app.state.services
+    with services.storage.database.read() as connection:
         mine = tenant_rows.tenant_named(connection, stranger.name).id
         theirs = tenant_rows.tenant_named(connection, estate.owner.name).id
         collection = collection_rows.collection_named(connection, theirs, estate.collection).id
         with pytest.raises(train.TooFewCaptions):
             train.check_captions(connection, mine, collection)
     with pytest.raises(NotFound):
-        query.Searcher(runtime).search(mine, estate.collection, "a ball")
-    with pytest.raises(NotFound), runtime.database.write() as connection:
+        query.Searcher(services.storage, services.encoder).search(mine, estate.collection, "a ball")
+    with pytest.raises(NotFound), services.storage.database.write() as connection:
         tenant_rows.revoke_key(connection, mine, estate.key)
-    with pytest.raises(NotFound), runtime.database.write() as connection:
+    with pytest.raises(NotFound), services.storage.database.write() as connection:
         video_rows.mark_video_deleted(connection, mine, estate.video)

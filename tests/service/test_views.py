@@ -15,7 +15,7 @@ import pytest
 
 from indexer import index, snapshot
 from indexer.index import IndexView, faiss
-from service.runtime import Runtime
+from service.cli.local import Parts
 from service.search import views
 from service.search.views import Views
 from service.settings import Settings
@@ -30,23 +30,23 @@ class World:
     """A data folder, the views of one process on it, and what the rows of a collection must give."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.runtime = Runtime(Settings(data=folder, threads=1, **settings))
-        self.runtime.prepare()
-        self.dim = self.runtime.backbone.embed_dim
-        with self.runtime.database.write() as connection:
+        self.parts = Parts.over(Settings(data=folder, threads=1, **settings))
+        self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
+        self.dim = self.encoder.backbone.embed_dim
+        with self.storage.database.write() as connection:
             self.tenant = tenant_rows.create_tenant(connection, "acme", {})
         self.vectors: dict[tuple[str, str, int], np.ndarray] = {}  # of live segments, by vector set, video, ordinal
-        self.views = Views(self.runtime)
+        self.views = Views(self.storage, self.encoder)
         self.home = self.collection("home")
 
     def collection(self, name: str) -> Generation:
-        with self.runtime.database.write() as connection:
-            collection_rows.create_collection(connection, self.tenant, name, {}, self.runtime.backbone.fingerprint)
+        with self.storage.database.write() as connection:
+            collection_rows.create_collection(connection, self.tenant, name, {}, self.encoder.backbone.fingerprint)
             return collection_rows.active_generation(connection, self.tenant.id, name)[1]
 
     def add(self, generation: Generation, count: int = 1, segments: int = 1, seed: int = 0) -> list[str]:
         rng, added = np.random.default_rng([seed, len(self.vectors)]), []
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             for _ in range(count):
                 added.append(video := new_id("vid"))
                 video_rows.add_video(connection, self.tenant.id, generation.collection_id, video, "a.mp4", video, 1, {}, [])
@@ -61,7 +61,7 @@ class World:
         return added
 
     def delete(self, generation: Generation, video: str) -> None:
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             video_rows.mark_video_deleted(connection, self.tenant.id, video)
         self.forget(generation, video)
 
@@ -96,21 +96,21 @@ class World:
         """Another process: nothing is left but the disk."""
         if clean:
             self.views.close()
-        self.views = Views(self.runtime)
+        self.views = Views(self.storage, self.encoder)
 
     def snapshots(self) -> list[Path]:
-        return sorted(self.runtime.settings.snapshots.glob("*/*.view"))
+        return sorted(self.storage.settings.snapshots.glob("*/*.view"))
 
     def purge(self, generation: Generation, video: str) -> None:
         """What a request to delete the video and its job do."""
-        with self.runtime.database.write() as connection:
+        with self.storage.database.write() as connection:
             task = cleanup.delete_video(connection, self.tenant.id, generation.collection_id, video)
         self.forget(generation, video)
-        cleanup.purge(self.runtime, task)
+        cleanup.purge(self.storage, task)
 
     def files_with(self, *what: bytes) -> set[str]:
         """The data folder's files that hold any of these bytes, by their endings."""
-        found = [path for path in self.runtime.settings.data.rglob("*") if path.is_file()]
+        found = [path for path in self.storage.settings.data.rglob("*") if path.is_file()]
         return {path.suffix for path in found if any(part in path.read_bytes() for part in what)}
 
     def opened_from_snapshot(self) -> bool:
@@ -125,7 +125,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(tmp_path / "data")
     yield made
     made.views.close()
-    made.runtime.close()
+    made.parts.close()
 
 
 def test_a_view_is_opened_at_first_use_and_follows_the_table(world: World) -> None:
@@ -253,9 +253,9 @@ def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: Wor
         return really(*arguments)
 
     monkeypatch.setattr(segment_rows, "drop_vectors", written_first)
-    with world.runtime.database.write() as connection:
+    with world.storage.database.write() as connection:
         task = cleanup.delete_collection(connection, world.tenant.id, world.home.collection_id)
-    cleanup.purge(world.runtime, task)
+    cleanup.purge(world.storage, task)
     assert held.is_set() and not world.snapshots()
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_snapshot_is_rebuilt_from_the_rows(world: World, damage: str) 
 def test_a_snapshot_newer_than_a_restored_database_is_not_trusted(world: World, tmp_path: Path, after: str) -> None:
     """After the restore the sequence numbers run again, and other videos get those that the snapshot knows."""
     old = world.add(world.home, 30)
-    database = world.runtime.database
+    database = world.storage.database
     with database.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     file = Path(database.url.removeprefix("sqlite:///"))
@@ -324,13 +324,13 @@ def test_a_vector_set_that_was_dropped_and_filled_anew_is_read_anew(world: World
     world.check()
     world.settle()
     again = {key: vector for key, vector in world.vectors.items() if key[1] != videos[-1]}
-    with world.runtime.database.write() as connection:
+    with world.storage.database.write() as connection:
         segment_rows.drop_vectors(connection, world.tenant.id, world.home.vector_set)
     world.forget(world.home)
     if meanwhile == "searched":
         world.check()
     world.vectors = again
-    with world.runtime.database.write() as connection:
+    with world.storage.database.write() as connection:
         video_rows.mark_video_deleted(connection, world.tenant.id, videos[-1])  # the last row that the view knows
         for (_, video, ordinal), vector in again.items():
             row = {"ordinal": ordinal, "start": 0.0, "end": 1.0, "pooled": vector.tobytes(), "frames": vector.tobytes()}
@@ -355,7 +355,7 @@ def test_another_tenant_gets_none_of_it(world: World) -> None:
     world.add(world.home, 30)
     world.check()
     world.settle()
-    with world.runtime.database.write() as connection:
+    with world.storage.database.write() as connection:
         other = tenant_rows.create_tenant(connection, "borealis", {})
     assert len(world.views.view(other.id, world.home)) == 0
     world.restart()
@@ -409,7 +409,7 @@ def test_the_least_recently_used_views_are_evicted_and_saved(tmp_path: Path, mon
     for generation in generations:
         world.check(generation)
     world.views.close()
-    world.runtime.close()
+    world.parts.close()
 
 
 def test_snapshots_of_what_no_search_uses_are_removed(world: World) -> None:
@@ -423,9 +423,9 @@ def test_snapshots_of_what_no_search_uses_are_removed(world: World) -> None:
     (folder / "gen_old.view.0123.part").write_bytes(b"half")
     (folder.parent / "ten_gone").mkdir()
     shutil.copy(world.snapshots()[0], folder.parent / "ten_gone" / "gen_x.view")
-    with world.runtime.database.write() as connection:
+    with world.storage.database.write() as connection:
         collection_rows.mark_collection_deleted(connection, world.tenant.id, generations[0].collection_id)
-        backbone = world.runtime.backbone.fingerprint
+        backbone = world.encoder.backbone.fingerprint
         collection = generations[1].collection_id
         new = generation_rows.add_generation(connection, world.tenant.id, collection, None, backbone, None, "building")
         collection_rows.switch(connection, world.tenant.id, collection, new["id"])
@@ -448,7 +448,7 @@ def test_snapshots_keep_to_their_bound(tmp_path: Path, monkeypatch: pytest.Monke
     left = {path.stem for path in world.snapshots()}
     assert 1 < len(left) < 8 and left == {g.vector_set for g in generations[-len(left) :]}
     world.views.close()
-    world.runtime.close()
+    world.parts.close()
 
 
 def test_without_room_on_disk_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,18 +459,18 @@ def test_without_room_on_disk_nothing_is_written(tmp_path: Path, monkeypatch: py
     world.settle()
     assert not world.snapshots()
     world.views.close()
-    world.runtime.close()
+    world.parts.close()
 
 
 def test_a_folder_that_cannot_be_written_to_harms_no_search(world: World) -> None:
-    world.runtime.settings.snapshots.write_bytes(b"in the way")
+    world.storage.settings.snapshots.write_bytes(b"in the way")
     world.add(world.home, 60)
     world.check()
     world.settle()
     world.add(world.home, 60)
     world.check()
     world.settle()
-    assert world.runtime.settings.snapshots.read_bytes() == b"in the way"
+    assert world.storage.settings.snapshots.read_bytes() == b"in the way"
 
 
 def test_a_worn_view_is_rebuilt_beside(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

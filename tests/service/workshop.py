@@ -11,15 +11,17 @@ from starlette.testclient import TestClient
 
 from adapters_store import pack
 from backbone import AdapterShape
+from service.adapters.encoder import Encoder
 from service.app import create_app
 from service.jobs import task_rows
 from service.jobs.run import Shift
 from service.jobs.task_rows import Task
-from service.runtime import Runtime
 from service.settings import Settings
 from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 from service.videos import video_rows
+from service.videos.decoders import Decoders
 
 
 def application(data: Path) -> TestClient:
@@ -33,28 +35,31 @@ class Workshop:
 
     def __init__(self, guest: Tenant) -> None:
         self.guest = guest
-        self.runtime: Runtime = guest.client.app.state.house.runtime
-        with self.runtime.database.read() as connection:
+        services = guest.client.app.state.services
+        self.storage: Storage = services.storage
+        self.encoder: Encoder = services.encoder
+        self.decoders: Decoders = services.decoders
+        with self.storage.database.read() as connection:
             self.tenant = tenant_rows.tenant_named(connection, guest.name).id
 
     def work(self) -> None:
         """Runs every open task of the tenant, in order."""
         for task in self.open_tasks():
-            Shift(self.runtime).run(self.tenant, task.id)
+            Shift(self.storage, self.encoder, self.decoders).run(self.tenant, task.id)
 
     def open_tasks(self) -> list[Task]:
-        with self.runtime.database.read() as connection:
+        with self.storage.database.read() as connection:
             return [task for task in task_rows.open_tasks(connection) if task.tenant_id == self.tenant]
 
     def task(self, answer: Any) -> Task:
         """The task that an answer names."""
-        with self.runtime.database.read() as connection:
+        with self.storage.database.read() as connection:
             return task_rows.task(connection, self.tenant, answer.json()["task_id"])
 
     def done(self, answer: Any) -> dict[str, Any]:
         """Runs the task that an answer names; its result."""
         assert answer.status_code == 202, answer.text
-        Shift(self.runtime).run(self.tenant, self.task(answer).id)
+        Shift(self.storage, self.encoder, self.decoders).run(self.tenant, self.task(answer).id)
         task = self.task(answer)
         assert task.status == "succeeded", task.error
         return dict(task.result or {})
@@ -71,7 +76,7 @@ class Workshop:
 
     def adapter(self, collection: str, seed: int, scope: Any = "both") -> str:
         """A new adapter with random weights."""
-        backbone = self.runtime.backbone
+        backbone = self.encoder.backbone
         shape = AdapterShape(backbone.dims, rank=2, shared=0, scope=scope)
         tensors = {name: 30 * tensor for name, tensor in shape.initial(seed).items()}
         data = pack(shape, backbone.fingerprint, tensors)
@@ -92,7 +97,7 @@ class Workshop:
 
     def generations(self, collection: str) -> list[Generation]:
         """The oldest first."""
-        with self.runtime.database.read() as connection:
+        with self.storage.database.read() as connection:
             found = collection_rows.collection_named(connection, self.tenant, collection)
             return generation_rows.generations_of(connection, self.tenant, found.id)
 
@@ -103,6 +108,6 @@ class Workshop:
     def held(self, collection: str, adapter: str | None) -> dict[str, list[bytes]]:
         """Frame vectors of each video that the adapter's generation holds."""
         (generation,) = [g for g in self.generations(collection) if g.adapter_id == adapter]
-        with self.runtime.database.read() as connection:
+        with self.storage.database.read() as connection:
             videos = video_rows.videos_of(connection, self.tenant, generation.collection_id, "ready")
             return segment_rows.video_vectors(connection, self.tenant, generation.vector_set, [video.id for video in videos])

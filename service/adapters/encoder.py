@@ -1,18 +1,11 @@
-"""What a process of the house holds: settings, database, blobs and, from their first use, backbone, adapters, decoders.
-
-The API, the worker and the offline commands each build one; nothing of it exists at import time.
-"""
+"""Texts and frames of all collections through one backbone, each with the adapter of its generation."""
 
 from __future__ import annotations
 
-import fcntl
-import secrets
-import stat
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import DamagedAdapter, Fit, Lease, Residency, durable, slots_of
+from adapters_store import DamagedAdapter, Fit, Lease, Residency, slots_of
 from backbone import BUILTIN, RANDOM, Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
-from indexer.decode import DecodedVideo, Decoder, MediaFacts, Sampling
-from indexer.sandbox import Check, Limits, Sandbox
-from service.settings import Settings
-from service.storage import facts, keys
-from service.storage.blobs import BlobMissing, Blobs, adapter_key
-from service.storage.database import Database
+from service.storage import facts
+from service.storage.blobs import BlobMissing, adapter_key
 from service.storage.generation_rows import Generation
+from service.storage.storage import Storage
 
 CLOSE_SECONDS = 5.0
 CPU_FRAMES = 12  # of each thread in one forward there: more are no faster, and an upload waits for those before it
@@ -57,64 +47,30 @@ class BackboneChoice:
         return None
 
 
-def _close_to_others(data: Path) -> None:
-    """Folders 0700 and files 0600, at the top of a data folder that an earlier version has made; what is below is shut off."""
-    if not (data / "polyclip.sqlite").exists():
-        return
-    for path in (data, *data.iterdir()):
-        mode = path.lstat().st_mode
-        if mode & 0o077 and ((stat.S_ISDIR(mode) and not mode & stat.S_ISVTX) or stat.S_ISREG(mode)):
-            with suppress(PermissionError, FileNotFoundError):  # somebody else's, or gone meanwhile
-                path.chmod(mode & 0o700)
+class Encoder:
+    """One per process: backbone, adapters and batchers, each made at its first use; safe to use from several threads."""
 
-
-class Runtime:
-    """One per process. `prepare` must have run once on the data folder, by this process or another."""
-
-    def __init__(self, settings: Settings, decoder: Decoder = "pyav") -> None:
-        """`decoder`: other than PyAV only where the operator's own files are decoded and nobody else's."""
-        self.settings = settings
-        self._decoded_by: Decoder = decoder
-        durable.make_folder(settings.data)
-        _close_to_others(settings.data)
-        self.database = Database(settings.database)
-        self.blobs = Blobs(settings.blob_root, settings.scratch)
-        self.trainers: set[subprocess.Popen[str]] = set()  # training processes that are this one's children
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self._lock = threading.RLock()
-
-    def prepare(self) -> str | None:
-        """Schema, signing secret and operator's key; returns that key in clear if it was made just now."""
-        made = None
-        self.database.migrate(self.settings.data / "migrate.lock")
-        with (self.settings.data / "migrate.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self.database.write() as connection:
-                if facts.fact(connection, "signing_secret") is None:
-                    facts.set_fact(connection, "signing_secret", secrets.token_hex(32))
-                if self.settings.root_key is not None:
-                    facts.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
-                elif facts.fact(connection, "root_key_hash") is None:
-                    _, made = keys.new_key()
-                    facts.set_fact(connection, "root_key_hash", keys.hash_key(made))
-        return made
 
     @cached_property
     def choice(self) -> BackboneChoice:
         """The backbone that was asked for, or else the one that the data folder was made with."""
-        if self.settings.backbone is not None:
-            return BackboneChoice(self.settings.backbone, self.settings.pretrained)
-        with self.database.read() as connection:
+        if self.storage.settings.backbone is not None:
+            return BackboneChoice(self.storage.settings.backbone, self.storage.settings.pretrained)
+        with self.storage.database.read() as connection:
             recorded = facts.fact(connection, "backbone")
         return BackboneChoice(recorded["name"], recorded["pretrained"]) if recorded else BackboneChoice("builtin", None)
 
     @cached_property
     def device(self) -> torch.device:
-        return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(self.storage.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Half precision is for GPUs, and float16: it keeps the first ten hits of more queries than bfloat16 (docs/log.md)."""
-        name = self.settings.precision or ("float16" if self.device.type == "cuda" else "float32")
+        name = self.storage.settings.precision or ("float16" if self.device.type == "cuda" else "float32")
         return getattr(torch, name)  # type: ignore[no-any-return]
 
     @property
@@ -125,11 +81,11 @@ class Runtime:
 
     @cached_property
     def _backbone(self) -> Backbone:
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
+        if self.storage.settings.threads is not None:
+            torch.set_num_threads(self.storage.settings.threads)
         choice = self.choice
         backbone = threads.apart(lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype))
-        with self.database.write() as connection:
+        with self.storage.database.write() as connection:
             recorded = facts.fact(connection, "backbone")
             if recorded is None:
                 pretrained = self.choice.pretrained
@@ -151,7 +107,7 @@ class Runtime:
     @property
     def fit(self) -> Fit:
         """What an adapter must fit to be published here."""
-        return Fit(self.backbone.fingerprint, self.backbone.dims, self.settings.largest_rank)
+        return Fit(self.backbone.fingerprint, self.backbone.dims, self.storage.settings.largest_rank)
 
     @property
     def residency(self) -> Residency:
@@ -161,7 +117,7 @@ class Runtime:
 
     @cached_property
     def _residency(self) -> Residency:
-        backbone, settings = self.backbone, self.settings
+        backbone, settings = self.backbone, self.storage.settings
         return threads.apart(
             lambda: Residency(
                 backbone.fingerprint,
@@ -178,7 +134,9 @@ class Runtime:
     def _encoder(self) -> Backbone | Graphs:
         """What the batchers call: on a GPU the captured forward, on a CPU the backbone's own."""
         if self.device.type == "cuda":
-            return Graphs(self.backbone, self.residency.stack, self.settings.batch_texts, self.settings.batch_frames)
+            return Graphs(
+                self.backbone, self.residency.stack, self.storage.settings.batch_texts, self.storage.settings.batch_frames
+            )
         return self.backbone
 
     def warm(self) -> None:
@@ -225,7 +183,7 @@ class Runtime:
 
         def read() -> bytes:
             try:
-                return self.blobs.get(adapter_key(generation.collection_id, digest))
+                return self.storage.blobs.get(adapter_key(generation.collection_id, digest))
             except BlobMissing as error:
                 raise DamagedAdapter(f"the file of adapter {digest[:12]} is gone") from error
 
@@ -246,7 +204,7 @@ class Runtime:
                 tokens = torch.stack([tokens for tokens, _ in rows])
                 return list(encoder.encode_text(tokens, slots_of([lease for _, lease in rows])).cpu().numpy())
 
-        settings = self.settings
+        settings = self.storage.settings
         return Batcher(
             encode, settings.batch_texts, capacity=settings.queue_texts, group_capacity=settings.queue_texts // 2, name="texts"
         )
@@ -259,9 +217,9 @@ class Runtime:
 
     @cached_property
     def _frames(self) -> Batcher[tuple[NDArray[np.uint8], Lease | None], NDArray[np.float32]]:
-        encoder, count, most = self._encoder, 1, self.settings.batch_frames
+        encoder, count, most = self._encoder, 1, self.storage.settings.batch_frames
         if self.device.type == "cpu":
-            count = self.settings.threads or torch.get_num_threads()
+            count = self.storage.settings.threads or torch.get_num_threads()
             most = min(CPU_FRAMES * count, most)
         parts = threads.Parts(count)
 
@@ -278,53 +236,7 @@ class Runtime:
 
         return Batcher(encode, most, name="frames")
 
-    @property
-    def decoder(self) -> DecoderPool:
-        with self._lock:
-            return self._decoder
-
-    @cached_property
-    def _decoder(self) -> DecoderPool:
-        settings, wall = self.settings, self.settings.decode_seconds
-        limits = Limits(settings.decode_bytes, max(1, int(wall)), wall, output_bytes=settings.decode_output_bytes)
-        return DecoderPool([Sandbox(limits, self._decoded_by) for _ in range(settings.decoders)])
-
     def close(self) -> None:
-        for name in ("_texts", "_frames", "_decoder", "_residency"):  # a forward pass that hangs does not keep the process
+        for name in ("_texts", "_frames", "_residency"):  # a forward pass that hangs does not keep the process
             if (part := self.__dict__.get(name)) is not None:
                 part.close(CLOSE_SECONDS) if isinstance(part, Batcher) else part.close()
-        self.database.close()
-
-
-class DecoderPool:
-    """Decoder processes, each lent to one caller at a time."""
-
-    def __init__(self, sandboxes: Sequence[Sandbox]) -> None:
-        self._all = list(sandboxes)
-        self._free = list(sandboxes)
-        self._returned = threading.Condition()
-
-    def decode(self, path: Path, out: Path, sampling: Sampling, check: Check = lambda: None) -> DecodedVideo:
-        """`Sandbox.decode` on the next free process."""
-        return self._lent(check, lambda sandbox: sandbox.decode(path, out, sampling, check))
-
-    def reopen(self, path: Path, out: Path, facts: MediaFacts, sampling: Sampling, check: Check = lambda: None) -> DecodedVideo:
-        """`Sandbox.reopen` on the next free process."""
-        return self._lent(check, lambda sandbox: sandbox.reopen(path, out, facts, sampling, check))
-
-    def _lent(self, check: Check, work: Callable[[Sandbox], DecodedVideo]) -> DecodedVideo:
-        with self._returned:
-            while not self._free:
-                self._returned.wait(1.0)
-                check()
-            sandbox = self._free.pop()
-        try:
-            return work(sandbox)
-        finally:
-            with self._returned:
-                self._free.append(sandbox)
-                self._returned.notify()
-
-    def close(self) -> None:
-        for sandbox in self._all:
-            sandbox.close()
