@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1024 * 1024
@@ -162,3 +163,17 @@ class Settings(BaseSettings):
 def _sqlite(path: Path) -> str:
     """The URL of a file; SQLAlchemy takes back what is quoted."""
     return f"sqlite:///{quote(str(path.absolute()))}"
+
+
+class CollectionSettings(BaseModel, extra="forbid"):
+    """What a collection may set for itself."""
+
+    segment_seconds: float | None = Field(None, ge=SHORTEST_SEGMENT, le=3600, description="Length of a segment, seconds.")
+    description: str | None = Field(None, max_length=1000)
+    pinned: bool | None = Field(None, description="Keep the active adapter on the device, used or not.")
+    keep_generations: int | None = Field(None, ge=0, le=100, description="Retired generations that are kept.")
+    keep_generation_days: float | None = Field(None, ge=0, le=36500, description="Days for which they are kept.")
+
+
+def settings_json(settings: CollectionSettings) -> dict[str, Any]:
+    return json.loads(settings.model_dump_json(exclude_none=True))  # type: ignore[no-any-return]

@@ -28,8 +28,7 @@ from service.adapters import adapter_rows, train
 from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
 from service.cli import files
-from service.http.schemas import MAX_CAPTIONS
-from service.http.uploads import InvalidUpload, label, parse_json
+from service.http.uploads import InvalidUpload, label
 from service.http.videos import parse_captions, renew
 from service.jobs import task_rows
 from service.jobs.queue import sign_of_life
@@ -39,11 +38,12 @@ from service.settings import Settings
 from service.storage import collection_rows, generation_rows, tenant_rows
 from service.storage.blobs import adapter_key, video_key
 from service.storage.collection_rows import Collection
-from service.storage.rows import NotFound
+from service.storage.rows import NotFound, parse_json
 from service.storage.storage import Storage
 from service.storage.tables import new_id, now
 from service.storage.tenant_rows import Tenant
 from service.videos import index, video_rows
+from service.videos.captions import MAX_CAPTIONS
 from service.videos.decoders import Decoders
 from service.videos.video_rows import Caption, Video
 from training.source import Source

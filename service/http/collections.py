@@ -9,7 +9,8 @@ from sqlalchemy import Connection
 
 from service.http import paging
 from service.http.auth import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InServices, KeyFirst, collection_of
-from service.http.schemas import ChangedCollection, NewCollection, settings_json
+from service.http.schemas import ChangedCollection, NewCollection
+from service.settings import settings_json
 from service.storage import collection_rows, generation_rows, idempotency, rows
 from service.storage.collection_rows import Collection
 from service.storage.tenant_rows import Tenant

@@ -1,17 +1,16 @@
-"""What goes over the wire. Pydantic lives here and nowhere deeper."""
+"""What goes over the wire."""
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from service.settings import SHORTEST_SEGMENT
+from service.settings import CollectionSettings
+from service.videos.captions import MAX_CAPTIONS, MAX_TEXT, CaptionIn, CaptionText
 from training.recipe import Recipe
 
-MAX_TEXT = 10_000
 PageLimit = Annotated[int, Field(ge=1, le=50)]
 
 
@@ -31,14 +30,6 @@ class SearchRequest(In):
     rescore: bool = Field(True, description="Rescore the first stage's candidates over their frame vectors.")
 
 
-class CollectionSettings(In):
-    segment_seconds: float | None = Field(None, ge=SHORTEST_SEGMENT, le=3600, description="Length of a segment, seconds.")
-    description: str | None = Field(None, max_length=1000)
-    pinned: bool | None = Field(None, description="Keep the active adapter on the device, used or not.")
-    keep_generations: int | None = Field(None, ge=0, le=100, description="Retired generations that are kept.")
-    keep_generation_days: float | None = Field(None, ge=0, le=36500, description="Days for which they are kept.")
-
-
 class NewCollection(In):
     name: str
     settings: CollectionSettings = CollectionSettings()
@@ -48,36 +39,7 @@ class ChangedCollection(In):
     settings: CollectionSettings
 
 
-MAX_CAPTIONS = 1000  # of a video, whichever way they come
 MAX_METADATA = 65536  # bytes of a video's metadata as JSON: a filter reads those of all videos
-
-
-class CaptionIn(In):
-    text: str = Field(min_length=1, max_length=MAX_TEXT)
-    start: float | None = Field(None, ge=0, allow_inf_nan=False)
-    end: float | None = Field(None, ge=0, allow_inf_nan=False)
-
-    @field_validator("text")
-    @classmethod
-    def _worded(cls, text: str) -> str:
-        if not text.strip():
-            raise ValueError("must have more than white space")
-        return text
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CaptionIn:
-        if self.start is not None and self.end is not None and self.end <= self.start:
-            raise ValueError("end must be after start")
-        return self
-
-
-def _worded(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must have more than white space")
-    return text
-
-
-CaptionText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_worded)]
 
 
 class Captions(In):
@@ -194,7 +156,3 @@ class Problem(BaseModel):
     request_id: str
     errors: list[dict[str, Any]] | None = None
     errors_left_out: int | None = None
-
-
-def settings_json(settings: CollectionSettings) -> dict[str, Any]:
-    return json.loads(settings.model_dump_json(exclude_none=True))  # type: ignore[no-any-return]

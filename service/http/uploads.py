@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ from starlette.requests import Request
 from indexer.formats import HEAD_BYTES, looks_like_video
 from service.http.middleware import content_length
 from service.http.multipart import Malformed, Multipart
+from service.storage.rows import parse_json
 
 FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = HEAD_BYTES
-DEPTH = 32  # of JSON that comes back with every hit
 
 
 class InvalidUpload(ValueError):
@@ -160,27 +159,10 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
         raise
 
 
-def parse_json(text: str) -> Any:
-    """JSON that can be stored and sent again. Raises ValueError."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {str(error)[:100]}") from error
-    if not _within(value, DEPTH):
-        raise ValueError(f"nested more than {DEPTH} levels deep")
-    return value
-
-
 def check_container(head: bytes) -> None:
     """Raises UnsupportedMedia unless `head`, the first bytes of a file, begins like a video container."""
     if not looks_like_video(head):
         raise UnsupportedMedia("this file is no video: it does not begin like any video container")
-
-
-def _within(value: Any, levels: int) -> bool:
-    inner = list(value.values()) if isinstance(value, dict) else value
-    return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
 
 
 def _decoded(name: str, data: bytes) -> str:

@@ -23,7 +23,7 @@ from service.http.auth import (
     larger_bodies,
 )
 from service.http.collections import listing
-from service.http.schemas import MAX_CAPTIONS, MAX_METADATA, CaptionIn, Captions, VideoOut
+from service.http.schemas import MAX_METADATA, Captions, VideoOut
 from service.http.search import media_urls
 from service.http.uploads import InvalidUpload, Upload
 from service.jobs.task_rows import Task
@@ -33,6 +33,7 @@ from service.storage.tables import new_id
 from service.storage.tenant_rows import Tenant
 from service.upkeep import delete as cleanup
 from service.videos import index, video_rows
+from service.videos.captions import MAX_CAPTIONS, CaptionIn
 from service.videos.video_rows import Caption, Video
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)

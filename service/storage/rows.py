@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, RowMapping, Select, func, select
 
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+DEPTH = 32  # of JSON that comes back with every hit
 
 
 class NotFound(LookupError):
@@ -63,3 +65,20 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InvalidName(f"a name has 1 to 64 letters, digits, dots, hyphens and underscores; {name!r:.80} has not")
     return name
+
+
+def parse_json(text: str) -> Any:
+    """JSON that can be stored and sent again. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {str(error)[:100]}") from error
+    if not _within(value, DEPTH):
+        raise ValueError(f"nested more than {DEPTH} levels deep")
+    return value
+
+
+def _within(value: Any, levels: int) -> bool:
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))

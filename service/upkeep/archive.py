@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from service.http.uploads import parse_json
+from service.storage.rows import parse_json
 
 FORMAT = "polyclip-archive/1"
 BLOCK, CHUNK = tarfile.BLOCKSIZE, 1 << 20

@@ -21,13 +21,12 @@ from sqlalchemy import Connection
 
 import adapters_store
 from indexer.decode import DecodedVideo, DecodeError, MediaFacts
+from indexer.formats import HEAD_BYTES, looks_like_video
 from indexer.frames import pack_frames
 from service.adapters import train
 from service.adapters.encoder import Encoder
-from service.http import uploads
-from service.http.schemas import MAX_CAPTIONS, CaptionIn, CollectionSettings, settings_json
 from service.jobs.task_rows import Task
-from service.settings import SHORTEST_SEGMENT
+from service.settings import SHORTEST_SEGMENT, CollectionSettings, settings_json
 from service.storage import segment_rows, tenant_rows
 from service.storage.blobs import adapter_key, frames_key, thumbnail_key, video_key
 from service.storage.rows import AlreadyExists, InvalidName, QuotaExceeded
@@ -38,6 +37,7 @@ from service.upkeep import archive_rows, delete
 from service.upkeep.archive import FIRST, Archive, InvalidArchive, Member
 from service.upkeep.export_collection import Tell
 from service.videos import vectors
+from service.videos.captions import MAX_CAPTIONS, CaptionIn
 from service.videos.decoders import Decoders
 from service.videos.index import sampling
 from service.videos.video_rows import Caption, Video
@@ -291,7 +291,7 @@ class _Arrival:
                     self._file(parts["file"], row, folder / "file")
                 elif decoded is None:
                     raise InvalidArchive("it has neither frames nor its file")
-            except (KeyError, DecodeError, vectors.InvalidVectors, uploads.UnsupportedMedia, InvalidArchive) as error:
+            except (KeyError, DecodeError, vectors.InvalidVectors, InvalidArchive) as error:
                 raise InvalidArchive(f"videos/{theirs}: {_one_line(error)}") from error
             if "file" in parts:
                 self._storage.blobs.put_file(video_key(collection, video), folder / "file")
@@ -355,10 +355,11 @@ class _Arrival:
         digest, head = hashlib.sha256(), b""
         with path.open("wb") as file:
             for chunk in self._archive.chunks(member):
-                head = head or chunk[: uploads.SNIFF_BYTES]
+                head = head or chunk[:HEAD_BYTES]
                 digest.update(chunk)
                 file.write(chunk)
-        uploads.check_container(head)
+        if not looks_like_video(head):
+            raise InvalidArchive("the file does not begin like any video container")
         if digest.hexdigest() != row["sha256"]:
             raise InvalidArchive("the file is not the one of its record")
 
