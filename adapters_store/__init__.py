@@ -15,7 +15,8 @@ from adapters_store.artifact import (
     write,
 )
 from adapters_store.official import from_official, official_file, read_state, to_official
-from adapters_store.residency import Counters, Lease, LeaseTimeout, PinsExhausted, Residency, slots_of
+from adapters_store.pins import PinsExhausted
+from adapters_store.residency import Counters, Lease, LeaseTimeout, Residency, slots_of
 
 __all__ = [
     "AdapterMismatch",

@@ -22,6 +22,7 @@ from types import TracebackType
 import torch
 
 from adapters_store.artifact import AdapterMismatch, Artifact, DamagedAdapter, InvalidAdapter, unpack
+from adapters_store.pins import Pins
 from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims, threads
 from backbone.stack import rank_of
 
@@ -31,10 +32,6 @@ Fetch = Callable[[], bytes]
 
 class LeaseTimeout(TimeoutError):
     """No slot became free, or the adapter was not loaded, within the time that the caller had."""
-
-
-class PinsExhausted(RuntimeError):
-    """One slot at least must stay unpinned, or the other adapters would never be served."""
 
 
 @dataclass(slots=True)
@@ -91,7 +88,7 @@ class Residency:
 
     `stack_bytes` of the device are taken at once, for adapters of up to `rank` in `dtype`; larger ones are leased without a
     slot, as an `Adapter`, and live in host memory. `host_bytes` bound what is kept there (of what is in the stack too, so
-    that to evict copies nothing).
+    that to evict copies nothing). `pin_share` of the slots, 0 to 1, are what one owner may keep by pins.
     """
 
     def __init__(
@@ -104,6 +101,7 @@ class Residency:
         host_bytes: int = 1024 * 1024 * 1024,
         rank: int = 16,
         dtype: torch.dtype = torch.float32,
+        pin_share: float = 0.25,
     ) -> None:
         slots = max(2, stack_bytes // AdapterStack.slot_bytes(dims, rank, dtype))
         self.stack = AdapterStack(dims, slots, rank, device, dtype)
@@ -117,7 +115,7 @@ class Residency:
         self._free = list(range(1, slots))
         self._queue: deque[_Entry] = deque()  # loaded, wanting a slot
         self._closing = 0  # entries in use that will give up their slot
-        self._pins: dict[str, set[str]] = {}  # owners
+        self._pins = Pins(self.capacity, pin_share)
         self._closed = False
         self._counters = Counters()
         self._loaders = ThreadPoolExecutor(LOADERS, "adapter-load", threads.alone)
@@ -153,20 +151,26 @@ class Residency:
         with self._lock:
             self._open(digest, fetch, [])
 
-    def pin(self, digest: str, owner: str) -> None:
-        """Keeps an adapter in its slot, once it is there, until each of its owners unpins it. Raises PinsExhausted."""
-        with self._lock:
-            if digest not in self._pins and len(self._pins) >= self.capacity - 1:
-                raise PinsExhausted(f"{len(self._pins)} adapters are pinned in a stack of {self.capacity}")
-            self._pins.setdefault(digest, set()).add(owner)
+    def pin(self, digest: str, holder: str, owner: str) -> None:
+        """Keeps an adapter in its slot, once it is there, until its holder (a collection) unpins it or pins another one.
 
-    def unpin(self, digest: str, owner: str) -> None:
+        Raises PinsExhausted where the owner (a tenant) has its share of the slots pinned, or where only one slot is left; the
+        holder has no pin then.
+        """
         with self._lock:
-            owners = self._pins.get(digest, set())
-            owners.discard(owner)
-            if not owners:
-                self._pins.pop(digest, None)
+            self._pins.add(digest, holder, owner)
             self._place()
+
+    def unpin(self, holder: str) -> None:
+        """Ends the holder's pin, if it has one."""
+        with self._lock:
+            self._pins.remove(holder)
+            self._place()
+
+    def pins(self) -> Mapping[str, str]:
+        """The owner of each holder of a pin: who is gone is to be unpinned."""
+        with self._lock:
+            return self._pins.owners()
 
     def states(self) -> Mapping[str, str]:
         """Each known digest: active (in a slot, leased or pinned), inactive (in a slot), loading (read, copied or waiting for
@@ -175,7 +179,7 @@ class Residency:
         with self._lock:
             states = dict.fromkeys(self._host, "offloaded")
             for digest, entry in self._entries.items():
-                used = entry.users or digest in self._pins
+                used = entry.users or digest in self._pins.digests
                 states[digest] = "loading" if digest not in self._resident else "active" if used else "inactive"
             return states
 
@@ -250,7 +254,7 @@ class Residency:
             else:
                 entry.slot = slot
                 self._writer.submit(self._write, entry)
-        unpinned = (entry for entry in self._resident.values() if entry.digest not in self._pins)
+        unpinned = (entry for entry in self._resident.values() if entry.digest not in self._pins.digests)
         for entry in list(islice(unpinned, max(0, len(self._queue) - self._closing))):
             self._leave(entry)
             entry.closed = True
@@ -260,7 +264,7 @@ class Residency:
         """A slot that is free now, or of the least recently leased adapter that nobody uses or pins; None if there is none."""
         if self._free:
             return self._free.pop()
-        idle = next((e for e in self._resident.values() if not e.users and e.digest not in self._pins), None)
+        idle = next((e for e in self._resident.values() if not e.users and e.digest not in self._pins.digests), None)
         if idle is not None:
             self._leave(idle)
         return None if idle is None else idle.slot

@@ -69,7 +69,7 @@ def run() -> list[Row]:
             return backbone.encode_text(tokens, adapter.to(backbone.device)).cpu()
 
         known = list(files)
-        roomy.pin(known[0], "bench")
+        roomy.pin(known[0], "bench", "bench")
         rows = []
         for encode in (True, False):
             what = "one text" if encode else "lease"

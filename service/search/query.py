@@ -184,11 +184,11 @@ class Searcher:
             if held == wanted:
                 return
             if held is not None:
-                self._encoder.residency.unpin(held, collection.id)
+                self._encoder.residency.unpin(collection.id)
                 del self._pinned[collection.id]
             if wanted is not None:
                 try:
-                    self._encoder.residency.pin(wanted, collection.id)
+                    self._encoder.residency.pin(wanted, collection.id, collection.tenant_id)
                 except PinsExhausted as error:
                     log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
                 else:

@@ -264,21 +264,49 @@ def test_who_waits_too_long_is_told_and_costs_no_slot(make: Callable[..., Reside
 def test_a_pinned_adapter_stays_and_one_slot_is_left_for_the_others(make: Callable[..., Residency]) -> None:
     store = make(2)
     a, b, *rest = DIGESTS[:6]
-    store.pin(a, "collection 1")
-    store.pin(a, "collection 2")
+    store.pin(a, "collection 1", "tenant 1")
+    store.pin(a, "collection 2", "tenant 2")
     store.lease(a, fetch(a), 10).release()
+    with pytest.raises(PinsExhausted, match="1 adapters are pinned in a stack of 2"):
+        store.pin(b, "collection 3", "tenant 3")
+    for digest in rest:
+        store.lease(digest, fetch(digest), 10).release()
+    assert store.states()[a] == "active"
+    store.unpin("collection 1")
+    assert store.states()[a] == "active"
+    store.unpin("collection 2")
+    store.unpin("collection 4, which has none")
+    for digest in rest:
+        store.lease(digest, fetch(digest), 10).release()
+    assert store.states()[a] == "offloaded" and store.pins() == {}
+
+
+def test_one_tenant_pins_its_share_and_the_others_still_can(make: Callable[..., Residency]) -> None:
+    store = make(8)
+    a, b, c = DIGESTS[:3]
+    store.pin(a, "a1", "greedy")
+    store.pin(b, "b1", "greedy")
+    store.pin(a, "a2", "greedy")  # takes no further slot
+    with pytest.raises(PinsExhausted, match="2 adapters pinned; one may pin 2"):
+        store.pin(c, "c1", "greedy")
+    store.pin(c, "c2", "modest")
+    assert store.pins() == {"a1": "greedy", "b1": "greedy", "a2": "greedy", "c2": "modest"}
+
+
+def test_a_collection_has_one_pin_and_what_a_tenant_that_goes_had_is_free_again(make: Callable[..., Residency]) -> None:
+    store = make(4)
+    a, b, c = DIGESTS[:3]
+    for digest in (a, b):
+        store.pin(digest, "collection 1", "tenant 1")  # the second one replaces the first
+        store.lease(digest, fetch(digest), 10).release()
+    assert store.states() == {a: "inactive", b: "active"}
     with pytest.raises(PinsExhausted):
-        store.pin(b, "collection 3")
-    for digest in rest:
-        store.lease(digest, fetch(digest), 10).release()
-    assert store.states()[a] == "active"
-    store.unpin(a, "collection 1")
-    assert store.states()[a] == "active"
-    store.unpin(a, "collection 2")
-    store.unpin(a, "nobody")
-    for digest in rest:
-        store.lease(digest, fetch(digest), 10).release()
-    assert store.states()[a] == "offloaded"
+        store.pin(c, "collection 2", "tenant 1")
+    for holder, owner in store.pins().items():
+        if owner == "tenant 1":
+            store.unpin(holder)
+    assert store.states() == {a: "inactive", b: "inactive"}
+    store.pin(c, "collection 2", "tenant 1")
 
 
 def test_prefetch_takes_an_idle_slot_and_never_one_in_use(make: Callable[..., Residency]) -> None:
@@ -378,12 +406,12 @@ def test_under_a_storm_every_answer_is_right_and_no_slot_in_use_is_written(
                 continue
             if action < 0.2:
                 try:
-                    store.pin(digest, str(number))
+                    store.pin(digest, str(number), str(number % 2))
                 except PinsExhausted:
-                    store.unpin(DIGESTS[0], str(number))
+                    store.unpin(str(number - 1))
                 continue
             if action < 0.3:
-                store.unpin(digest, str(number))
+                store.unpin(str(number))
                 continue
             try:
                 lease = store.lease(digest, (lambda: b"torn") if action < 0.4 else fetch(digest), 0.001 if action < 0.5 else 30)
