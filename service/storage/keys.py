@@ -58,42 +58,31 @@ class Caller:
 
 
 class Guesses:
-    """Unknown keys by address, an IPv6 /64 being one, and the keys that were good of late; safe to use from several threads.
+    """Unknown keys by address, an IPv6 /64 being one; safe to use from several threads.
 
-    An address over the limit waits, unless its key is one that was good: a guesser behind a proxy locks nobody out who works.
+    A key that is known, also a revoked or expired one, is never counted: a guesser behind a proxy locks nobody out.
     """
 
-    ROOM = 10_000  # addresses, and keys: the oldest are forgotten
+    ROOM = 10_000  # addresses: the oldest are forgotten
     SECONDS = 60.0
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._wrong: OrderedDict[str, tuple[int, float]] = OrderedDict()  # address → how many, and when the first was
-        self._good: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check(self, address: str, hashed: str) -> None:
-        """Raises TooManyWrongKeys."""
-        with self._lock:
-            count, since = self._wrong.get(_network(address), (0, 0.0))
-            left = since + self.SECONDS - time.monotonic()
-            if count >= self._limit and left > 0 and hashed not in self._good:
-                raise TooManyWrongKeys(left)
-
     def wrong(self, address: str) -> None:
+        """Counts an unknown key. Raises TooManyWrongKeys where the address has sent too many of late."""
         with self._lock:
             now, network = time.monotonic(), _network(address)
             count, since = self._wrong.pop(network, (0, now))
-            self._wrong[network] = (count + 1, since) if now - since < self.SECONDS else (1, now)
+            if now - since >= self.SECONDS:
+                count, since = 0, now
+            self._wrong[network] = (min(count + 1, self._limit), since)
             if len(self._wrong) > self.ROOM:
                 self._wrong.popitem(last=False)
-
-    def right(self, hashed: str) -> None:
-        with self._lock:
-            self._good[hashed] = None
-            self._good.move_to_end(hashed)
-            if len(self._good) > self.ROOM:
-                self._good.popitem(last=False)
+            if count >= self._limit:
+                raise TooManyWrongKeys(since + self.SECONDS - now)
 
 
 def _network(address: str) -> str:
@@ -127,19 +116,16 @@ def authenticate(database: Database, key: str | None, guesses: Guesses, address:
     if not key:
         raise MissingKey("send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     hashed = hash_key(key)
-    guesses.check(address, hashed)
     with database.read() as connection:
         parts = key.split("_", 2)
         found = tenant_rows.tenant_of_key(connection, parts[1]) if len(parts) == 3 else None
         if found is None or not hmac.compare_digest(found[1].hash, hashed):
             if hmac.compare_digest(hashed, facts.fact(connection, "root_key_hash") or ""):
-                guesses.right(hashed)
                 return Caller(None, "root", "root")
             guesses.wrong(address)
             raise InvalidKey("this API key is not known")
     tenant, record = found
     _check_valid(record)
-    guesses.right(hashed)
     _note_use(database, tenant, record)
     return Caller(tenant, record.role, record.id)
 
