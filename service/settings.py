@@ -21,6 +21,8 @@ class Settings(BaseSettings):
 
     data: Path = Field(Path("polyclip-data"), description="Folder that holds everything of the embedded default.")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data folder.")
+    database_connections: int = Field(48, ge=4, description="Connections to that database that a process opens at most.")
+    database_seconds: float = Field(10.0, gt=0, description="Time that a request waits for one that is free, in seconds.")
     jobs_database_url: str | None = Field(None, description="Database of the job engine; default: SQLite beside the other.")
     blobs: str | None = Field(None, description="Root URL of videos, frames and adapters; default: the data folder.")
     root_key: str | None = Field(
@@ -93,6 +95,7 @@ class Settings(BaseSettings):
     job_tries: int = Field(6, ge=1, description="Tries of a task that fails by what may pass, minutes apart at last.")
     job_deaths: int = Field(3, ge=1, description="Deaths of its worker after which a task that ran each time fails.")
     keep_task_days: float = Field(90.0, ge=0, description="Days after which a task that has ended is forgotten.")
+    idempotency_hours: float = Field(24.0, gt=0, description="Hours for which an `Idempotency-Key` is remembered.")
     worker_id: str = Field("0", description="Tells workers on one data folder apart (PostgreSQL); the same at each start.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")
 

@@ -85,14 +85,12 @@ class Encoder:
             torch.set_num_threads(self.storage.settings.threads)
         choice = self.choice
         backbone = threads.apart(lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype))
+        pretrained = choice.pretrained
+        if pretrained is not None and Path(pretrained).is_file():
+            pretrained = str(Path(pretrained).absolute())
+        told = {"name": choice.name, "pretrained": pretrained, "fingerprint": backbone.fingerprint}
         with self.storage.database.write() as connection:
-            recorded = facts.fact(connection, "backbone")
-            if recorded is None:
-                pretrained = self.choice.pretrained
-                if pretrained is not None and Path(pretrained).is_file():
-                    pretrained = str(Path(pretrained).absolute())
-                recorded = {"name": self.choice.name, "pretrained": pretrained, "fingerprint": backbone.fingerprint}
-                facts.set_fact(connection, "backbone", recorded)
+            recorded = facts.keep_fact(connection, "backbone", told)
         if recorded["fingerprint"] != backbone.fingerprint:
             raise OtherBackbone(
                 f"this data folder was made with backbone {recorded['name']} ({recorded['fingerprint'][:12]}), "

@@ -21,6 +21,7 @@ def explain(error: Exception) -> str | None:
     from service.cli.serve import AlreadyServed
     from service.search.query import EmptyText
     from service.storage.blobs import BlobMissing
+    from service.storage.database import InvalidText
     from service.storage.rows import AlreadyExists, InvalidName, NotFound, QuotaExceeded
     from service.upkeep.archive import InvalidArchive
     from service.upkeep.import_collection import ArchiveOfOtherBackbone
@@ -40,6 +41,6 @@ def explain(error: Exception) -> str | None:
         AdapterMismatch, InvalidAdapter, BackboneNotFound, UnsupportedBackbone, BlobMissing, AlreadyExists, InvalidName,
         NotFound, QuotaExceeded, DemoFailed, TooFewCaptions, TrainingFailed, InvalidCaptions, InvalidFrames, OtherBackbone,
         EmptyText, InvalidRecipe, InvalidDataset, InvalidCorpus, DamagedFrames, InvalidArchive, ArchiveOfOtherBackbone,
-        NoDataFolder, AlreadyServed,
+        NoDataFolder, AlreadyServed, InvalidText,
     )  # fmt: skip
     return " ".join(str(error).split()) if isinstance(error, ours) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -140,16 +141,26 @@ def delete(name: str, adapter_id: str, tenant: CanAdmin, services: InServices) -
     return Response(status_code=204)
 
 
-def _queue(services: Services, tenant: Tenant, name: str, key: str | None, parts: list[Any], add: Any) -> dict[str, Any]:
+def _queue(
+    services: Services,
+    tenant: Tenant,
+    name: str,
+    key: str | None,
+    parts: list[Any],
+    add: Callable[[Connection, Collection], Task],
+) -> dict[str, Any]:
     """Adds a task for a collection and enqueues it; answers again what an idempotency key was answered before."""
-    hashed = idempotency.request_hash(name, *parts)
-    with services.storage.database.write() as connection:
-        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
-            return earlier  # type: ignore[no-any-return]
+    task: Task | None = None
+
+    def act() -> dict[str, Any]:
+        nonlocal task
         task = add(connection, collection_of(connection, tenant, name))
-        answer = {"task_id": task.id}
-        idempotency.remember(connection, tenant.id, key, hashed, answer)
-    services.jobs.enqueue(task)
+        return {"task_id": task.id}
+
+    with services.storage.database.write() as connection:
+        answer = idempotency.once(connection, tenant.id, key, idempotency.request_hash(name, *parts), act)
+    if task is not None:
+        services.jobs.enqueue(task)
     return answer
 
 

@@ -13,6 +13,7 @@ from service.http.auth import PROBLEMS, CanAdmin, IdempotencyKey, InServices, Ke
 from service.http.middleware import BodyTooLarge
 from service.http.uploads import FileTooLarge, Upload
 from service.jobs import task_rows
+from service.jobs.task_rows import Task
 from service.storage import idempotency, tenant_rows
 from service.storage.blobs import archive_key
 from service.storage.tables import new_id
@@ -83,11 +84,21 @@ def _queue(
         wish["re_embed"],
     )
     stored = archive_key(new_id("arc"))
-    blobs.put_file(stored, received.path)
-    with database.write() as connection:
+    task: Task | None = None
+
+    def add() -> dict[str, Any]:
+        nonlocal task
         request = {**wish, "collection": name, "archive": stored}
         task = task_rows.add_task(connection, tenant.id, None, "import_collection", request)
-        answer = {"task_id": task.id, "collection": name}
-        idempotency.remember(connection, tenant.id, key, hashed, answer)
-    services.jobs.enqueue(task)
+        return {"task_id": task.id, "collection": name}
+
+    blobs.put_file(stored, received.path)
+    try:
+        with database.write() as connection:
+            answer = idempotency.once(connection, tenant.id, key, hashed, add)
+    finally:
+        if task is None:
+            blobs.delete(stored)
+    if task is not None:
+        services.jobs.enqueue(task)
     return answer

@@ -112,7 +112,7 @@ Anyone = Annotated[Caller, Depends(caller)]
 CanSearch = Annotated[Tenant, Depends(_tenant("search"))]
 CanWrite = Annotated[Tenant, Depends(_tenant("write"))]
 CanAdmin = Annotated[Tenant, Depends(_tenant("admin"))]
-IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=200)]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {"application/problem+json": {}}}

@@ -26,13 +26,13 @@ def create(body: NewCollection, tenant: CanWrite, services: InServices, key: Ide
     """A new, empty collection: searchable at once, with the frozen backbone."""
     hashed = idempotency.request_hash("collections", body.model_dump())
     backbone = services.encoder.backbone.fingerprint
+
+    def add() -> dict[str, Any]:
+        made = collection_rows.create_collection(connection, tenant, body.name, settings_json(body.settings), backbone)
+        return show(connection, tenant, made)
+
     with services.storage.database.write() as connection:
-        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
-            return earlier  # type: ignore[no-any-return]
-        collection = collection_rows.create_collection(connection, tenant, body.name, settings_json(body.settings), backbone)
-        shown = show(connection, tenant, collection)
-        idempotency.remember(connection, tenant.id, key, hashed, shown)
-    return shown
+        return idempotency.once(connection, tenant.id, key, hashed, add)
 
 
 @router.get("")

@@ -12,6 +12,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -29,6 +30,7 @@ from service.http.uploads import EmptyFile, FileTooLarge, InvalidUpload, Unsuppo
 from service.search.filters import InvalidFilter
 from service.search.query import EmptyText
 from service.storage.blobs import BlobMissing
+from service.storage.database import InvalidText
 from service.storage.faults import Fault, fault_of
 from service.storage.idempotency import KeyReused
 from service.storage.keys import InvalidKey, InvalidSignature, MissingKey, RoleTooLow, TooManyWrongKeys
@@ -78,6 +80,7 @@ FAULTS: dict[Fault, tuple[int, str, str, int]] = {  # and the seconds after whic
     "full": (507, "insufficient_storage", "the disk is full: nothing was stored; searches go on", 60),
     "read_only": (503, "storage_read_only", "the disk cannot be written to: nothing was stored; searches go on", 60),
     "busy": (503, "database_busy", "another process has held the database's write lock for too long", 5),
+    "crowded": (503, "overloaded", "all connections to the database are in use", 2),
 }
 MAX_ERRORS = 20  # listed in one answer
 MAX_DETAIL = 1000  # characters of what tells of a fault: it may quote what the client sent
@@ -88,10 +91,11 @@ def install(app: FastAPI) -> None:
     """Makes every error answer of `app` a problem document."""
     for kind, (status, code) in STATUS.items():
         app.add_exception_handler(kind, _handler(status, code))
-    for kind in (OSError, DBAPIError):
+    for kind in (OSError, DBAPIError, NoConnectionFree):
         app.add_exception_handler(kind, _machine)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(AlreadyExists, _already_exists)
+    app.add_exception_handler(InvalidText, _invalid_text)
     app.add_exception_handler(InvalidFilter, _invalid_filter)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _plain)
@@ -160,6 +164,14 @@ def _not_found(request: Request, error: Exception) -> Response:
 def _already_exists(request: Request, error: Exception) -> Response:
     assert isinstance(error, AlreadyExists)
     return problem(request, 409, f"{error.what}_exists", str(error))
+
+
+def _invalid_text(request: Request, error: Exception) -> Response:
+    """A path with such a text names nothing; elsewhere it is a fault of the request."""
+    assert isinstance(error, InvalidText)
+    if any(error.text == part for part in request.path_params.values()):
+        return problem(request, 404, "not_found", "nothing has this name")
+    return problem(request, 422, "invalid_request", str(error))
 
 
 def _invalid_filter(request: Request, error: Exception) -> Response:

@@ -89,6 +89,9 @@ def cancel(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, An
     task ends `failed` with the code `cancelled`; it may be uploaded again.
     """
     with services.storage.database.write() as connection:
+        task = task_rows.task(connection, tenant.id, task_id)
+        if task.kind == "index_video":
+            video_rows.lock_video(connection, tenant.id, task.request["video_id"])
         task = task_rows.lock_task(connection, tenant.id, task_id)
         if task.kind not in CANCELLABLE and task.status in OPEN:
             raise TaskNotCancellable(f"a task of kind {task.kind} runs to its end")

@@ -179,32 +179,26 @@ def _store(services: Services, tenant: Tenant, name: str, received: Upload, key:
     if twin is not None:
         restored = index.restore_file(services.storage, twin, received.path)
         if restored or (key is None and metadata is None and not captions):
+            known = twin
             with database.write() as connection:
-                return _duplicate(twin, renew(connection, twin, metadata, captions))
-    blobs.put_file(video_key(collection.id, video_id), received.path)
+                changed = lambda: _duplicate(known, renew(connection, known, metadata, captions))  # noqa: E731
+                return idempotency.once(connection, tenant.id, key, hashed, changed)
     task: Task | None = None
+
+    def add() -> dict[str, Any]:
+        nonlocal task
+        collection_rows.lock_collection(connection, tenant.id, collection.id)  # of two equal uploads at once, one is the twin
+        if (twin := video_rows.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
+            return _duplicate(twin, renew(connection, twin, metadata, captions))
+        tenant_rows.check_quota(connection, tenant, videos=1, bytes=received.size)
+        row = (received.filename, received.sha256, received.size, metadata or {}, captions)
+        task = video_rows.add_video(connection, tenant.id, collection.id, video_id, *row)
+        return {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None, "updated": []}
+
+    blobs.put_file(video_key(collection.id, video_id), received.path)
     try:
         with database.write() as connection:
-            collection_rows.lock_collection(
-                connection, tenant.id, collection.id
-            )  # of two equal uploads at once, one is the twin
-            earlier = idempotency.earlier_answer(connection, tenant.id, key, hashed)
-            twin = video_rows.twin(connection, tenant.id, collection.id, received.sha256)
-            if earlier is None and twin is None:
-                tenant_rows.check_quota(connection, tenant, videos=1, bytes=received.size)
-                task = video_rows.add_video(
-                    connection, tenant.id, collection.id, video_id,
-                    received.filename, received.sha256, received.size, metadata or {}, captions,
-                )  # fmt: skip
-                told = {"video_id": video_id, "task_id": task.id, "status": "pending"}
-                answer: dict[str, Any] = {**told, "duplicate_of": None, "updated": []}
-            elif earlier is not None:
-                answer = earlier
-            else:
-                assert twin is not None
-                answer = _duplicate(twin, renew(connection, twin, metadata, captions))
-            if earlier is None:
-                idempotency.remember(connection, tenant.id, key, hashed, answer)
+            answer = idempotency.once(connection, tenant.id, key, hashed, add)
     finally:
         if task is None:
             blobs.delete(video_key(collection.id, video_id))

@@ -23,6 +23,7 @@ import obstore
 import structlog
 import torch
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from adapters_store import AdapterMismatch, DamagedAdapter, InvalidAdapter, LeaseTimeout
 from backbone import BackboneNotFound, UnsupportedBackbone
@@ -65,6 +66,7 @@ MAY_PASS = (  # disk and network, database, object store, memory, what waits for
     OSError,
     OperationalError,
     InterfaceError,
+    NoConnectionFree,
     obstore.exceptions.GenericError,
     MemoryError,
     torch.OutOfMemoryError,
@@ -293,6 +295,8 @@ class Shift:
 
         def end() -> None:
             with self.storage.database.write() as connection:
+                if task.kind == "index_video":
+                    video_rows.lock_video(connection, task.tenant_id, task.request["video_id"])
                 try:
                     now = task_rows.lock_task(connection, task.tenant_id, task.id)
                 except NotFound:
@@ -442,8 +446,8 @@ def patiently(write: Callable[[], Result]) -> Result:
     while True:
         try:
             return write()
-        except (OperationalError, InterfaceError) as error:
-            log.warning("database_unavailable", error=str(error.orig), seconds=wait)
+        except (OperationalError, InterfaceError, NoConnectionFree) as error:
+            log.warning("database_unavailable", error=str(error), seconds=wait)
             time.sleep(wait)
             wait = min(10.0, 2 * wait)
 

@@ -99,9 +99,18 @@ def _not_before(earlier: ColumnElement[str]) -> ColumnElement[str]:
     return case((earlier > now(), earlier), else_=now())
 
 
-def open_tasks(connection: Connection) -> list[Task]:
-    """Every tenant's tasks that have not ended: for the sweep of the job engine alone."""
-    query = select(tasks).where(tasks.c.status.in_(OPEN)).order_by(tasks.c.id)
+def cancel_tasks(connection: Connection, tenant: str, which: ColumnElement[bool]) -> None:
+    """Of the tenant's tasks `which`, purges excepted: those that wait end cancelled, those that run are asked to stop."""
+    mine = and_(tasks.c.tenant_id == tenant, tasks.c.kind != "purge", which)
+    asked = update(tasks).values(cancel_requested=True, revision=tasks.c.revision + 1)
+    ended = _not_before(func.coalesce(tasks.c.started_at, tasks.c.created_at))
+    connection.execute(asked.where(mine, tasks.c.status == "queued").values(status="cancelled", finished_at=ended))
+    connection.execute(asked.where(mine, tasks.c.status == "running"))
+
+
+def open_tasks(connection: Connection, *which: ColumnElement[bool]) -> list[Task]:
+    """Every tenant's tasks that have not ended: for sweeps alone."""
+    query = select(tasks).where(tasks.c.status.in_(OPEN), *which).order_by(tasks.c.id)
     return [record(Task, row) for row in connection.execute(query).mappings()]
 
 

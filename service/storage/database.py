@@ -1,8 +1,13 @@
-"""The database: SQLite in WAL mode by default, PostgreSQL by URL; read and write transactions; migrations."""
+"""The database: SQLite in WAL mode by default, PostgreSQL by URL; read and write transactions; migrations.
+
+A write transaction locks rows in one order, which keeps PostgreSQL free of deadlocks: tenant, collection, video, task. What it
+needs of an earlier kind it locks before it changes a row of a later one; new rows are inserted when the locks are held.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +16,36 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DontWrapMixin
 
-BUSY_SECONDS = 15
+BUSY_SECONDS = 15  # that a statement waits for another's lock
+CONNECTIONS = 48
+KEPT_CONNECTIONS = 16  # stay open when nobody uses them
+WAIT_SECONDS = 10.0
+PREPARING = 7011859  # the number of the advisory lock that one process at a time holds
 JOURNAL_BYTES = 64 * 1024 * 1024
 SCRUB_BYTES = 256 * 1024 * 1024  # written anew in about two seconds
 
 
-class Database:
-    """`read()` and `write()` give a connection inside a transaction; a write commits at the end of its block."""
+class InvalidText(DontWrapMixin, ValueError):
+    """A text holds NUL or half a character (a lone surrogate): PostgreSQL stores neither, SQLite not the latter."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, text: str) -> None:
+        super().__init__(f"a text holds NUL or half of a surrogate pair, which cannot be stored: {text!r:.80}")
+        self.text = text
+
+
+class Database:
+    """`read()` and `write()` give a connection inside a transaction; a write commits at the end of its block.
+
+    At most `connections` are open at once; whoever has waited `wait` seconds for one gets sqlalchemy.exc.TimeoutError. Every
+    statement may raise InvalidText for what it is given.
+    """
+
+    def __init__(self, url: str, connections: int = CONNECTIONS, wait: float = WAIT_SECONDS) -> None:
         self.url = url
-        self.engine = _engine(url)
+        self.engine = _engine(url, connections, wait)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -46,13 +68,25 @@ class Database:
             with connection.begin():
                 yield connection
 
+    @contextmanager
+    def alone(self, lock: Path) -> Iterator[None]:
+        """Holds up every other process that asks for the same: by a lock of PostgreSQL's, on SQLite by the file `lock`."""
+        if self.engine.dialect.name == "sqlite":
+            with lock.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+            return
+        with self.engine.connect() as connection, connection.begin():
+            connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({PREPARING})")
+            yield
+
     def migrate(self, lock: Path) -> None:
-        """Brings the schema to the newest version; one process at a time, by a lock file."""
+        """Brings the schema to the newest version; one process at a time."""
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         config.attributes["engine"] = self.engine
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self.alone(lock):
             command.upgrade(config, "head")
 
     def scrub(self, anew: bool) -> bool:
@@ -82,11 +116,51 @@ class Database:
         self.engine.dispose()
 
 
-def _engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, pool_size=16, max_overflow=48)
+def check_text(value: Any) -> None:
+    """Raises InvalidText for a text that cannot be stored, in lists and in keys and values of objects too."""
+    if isinstance(value, str):
+        if "\0" in value or not (value.isascii() or _whole(value)):
+            raise InvalidText(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_text(key)
+            check_text(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_text(item)
 
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json(value: Any) -> str:
+    check_text(value)
+    return json.dumps(value)
+
+
+def _engine(url: str, connections: int, wait: float) -> Engine:
+    kept = min(KEPT_CONNECTIONS, connections)
+    bounds = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": wait, "json_serializer": _json}
+    if not url.startswith("sqlite"):
+        own = {} if "options" in make_url(url).query else {"options": f"-c lock_timeout={BUSY_SECONDS}s"}
+        engine = create_engine(url, pool_pre_ping=True, connect_args=own, **bounds)
+    else:
+        engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, **bounds)
+        _configure_sqlite(engine)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def _check(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        check_text(parameters)
+
+    return engine
+
+
+def _configure_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: object) -> None:
         connection.isolation_level = None  # BEGIN is ours, below
@@ -109,5 +183,3 @@ def _engine(url: str) -> Engine:
         finally:
             if not waits:
                 connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * BUSY_SECONDS}")
-
-    return engine

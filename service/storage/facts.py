@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, select
 
+from service.storage.rows import upsert
 from service.storage.tables import house, now, workers
 
 
@@ -14,13 +15,17 @@ def fact(connection: Connection, key: str) -> Any:
 
 
 def set_fact(connection: Connection, key: str, value: Any) -> None:
-    connection.execute(delete(house).where(house.c.key == key))
-    connection.execute(insert(house).values(key=key, value=value))
+    upsert(connection, house, key=key, value=value)
+
+
+def keep_fact(connection: Connection, key: str, value: Any) -> Any:
+    """Writes a fact where there is none; returns the one that is there now, whoever has written it."""
+    upsert(connection, house, keep=True, key=key, value=value)
+    return fact(connection, key)
 
 
 def worker_seen(connection: Connection, worker: str) -> None:
-    if not connection.execute(update(workers).where(workers.c.id == worker).values(seen_at=now())).rowcount:
-        connection.execute(insert(workers).values(id=worker, seen_at=now()))
+    upsert(connection, workers, id=worker, seen_at=now())
 
 
 def worker_gone(connection: Connection, worker: str) -> None:

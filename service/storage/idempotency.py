@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from service.storage.tables import idempotency, now
 
@@ -32,8 +33,29 @@ def earlier_answer(connection: Connection, tenant: str, key: str | None, hashed:
     return row.answer
 
 
-def remember(connection: Connection, tenant: str, key: str | None, hashed: str, answer: Any) -> None:
-    """In the transaction that does what is answered."""
-    if key is not None:
-        row = {"tenant_id": tenant, "key": key, "request_hash": hashed, "answer": answer, "created_at": now()}
-        connection.execute(insert(idempotency).values(**row))
+def once(
+    connection: Connection, tenant: str, key: str | None, hashed: str, act: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The earlier answer, or that of `act`, which is remembered; for a write transaction, before it locks anything else.
+
+    Of two requests at once with one key the second waits for the first. Raises KeyReused.
+    """
+    if key is None:
+        return act()
+    if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"{tenant} {key}", 0))))
+    answer: dict[str, Any] | None = earlier_answer(connection, tenant, key, hashed)
+    if answer is None:
+        answer = act()
+        remember(connection, tenant, key, hashed, answer)
+    return answer
+
+
+def remember(connection: Connection, tenant: str, key: str, hashed: str, answer: Any) -> None:
+    row = {"tenant_id": tenant, "key": key, "request_hash": hashed, "answer": answer, "created_at": now()}
+    connection.execute(insert(idempotency).values(**row))
+
+
+def forget(connection: Connection, before: str) -> None:
+    """Every tenant's keys that were used first before this time may be used anew."""
+    connection.execute(delete(idempotency).where(idempotency.c.created_at < before))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from service.storage.tenant_rows import ApiKey, Tenant
 
 ROLES = ("search", "write", "admin")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+KEY = re.compile("[^_]*_([a-z0-9]{1,64})_")
 
 
 class MissingKey(PermissionError):
@@ -117,8 +119,8 @@ def authenticate(database: Database, key: str | None, guesses: Guesses, address:
         raise MissingKey("send an API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
     hashed = hash_key(key)
     with database.read() as connection:
-        parts = key.split("_", 2)
-        found = tenant_rows.tenant_of_key(connection, parts[1]) if len(parts) == 3 else None
+        form = KEY.match(key)
+        found = tenant_rows.tenant_of_key(connection, form.group(1)) if form else None
         if found is None or not hmac.compare_digest(found[1].hash, hashed):
             if hmac.compare_digest(hashed, facts.fact(connection, "root_key_hash") or ""):
                 return Caller(None, "root", "root")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, func, select
+from sqlalchemy import Connection, Row, RowMapping, Select, Table, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 
+from service.storage.database import check_text
+
+PART = 10_000
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 DEPTH = 32  # of JSON that comes back with every hit
 
@@ -61,6 +65,19 @@ def page(connection: Connection, query: Select[Any], kind: type[Record], ids: An
     return Page(records, rows[limit - 1]["id"] if len(rows) > limit else None, total)
 
 
+def parts(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """The values, as many at a time as one statement takes: PostgreSQL allows 65,535 parameters, SQLite 32,766."""
+    rest = list(values)
+    for first in range(0, len(rest), PART):
+        yield rest[first : first + PART]
+
+
+def among(connection: Connection, query: Select[Any], column: Any, values: Iterable[Any]) -> Iterator[Row[Any]]:
+    """The rows of `query` with one of these values in the column; its order holds within the rows of one value."""
+    for part in parts(values):
+        yield from connection.execute(query.where(column.in_(part)))
+
+
 def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InvalidName(f"a name has 1 to 64 letters, digits, dots, hyphens and underscores; {name!r:.80} has not")
@@ -71,7 +88,8 @@ def parse_json(text: str) -> Any:
     """JSON that can be stored and sent again. Raises ValueError."""
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no infinite number, no half of a character
+        json.dumps(value, allow_nan=False)
+        check_text(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {str(error)[:100]}") from error
     if not _within(value, DEPTH):
@@ -82,3 +100,12 @@ def parse_json(text: str) -> Any:
 def _within(value: Any, levels: int) -> bool:
     inner = list(value.values()) if isinstance(value, dict) else value
     return not isinstance(inner, list) or (levels > 0 and all(_within(v, levels - 1) for v in inner))
+
+
+def upsert(connection: Connection, table: Table, keep: bool = False, **values: Any) -> None:
+    """Inserts a row, or changes the one of the same primary key, or with `keep` leaves that; two at once do not collide."""
+    insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    row = insert(table).values(**values)
+    connection.execute(
+        row.on_conflict_do_nothing() if keep else row.on_conflict_do_update(index_elements=table.primary_key, set_=values)
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BindParameter, ColumnElement, Connection, and_, bindparam, delete, exists, func, insert, select
 
 from service.storage.collection_rows import lock_collection
-from service.storage.rows import NotFound, record
+from service.storage.rows import NotFound, among, record
 from service.storage.tables import collections, generations, segments, videos
 from service.videos.video_rows import Video
 
@@ -96,8 +96,8 @@ def searched_sets(connection: Connection, tenant: str) -> set[str]:
 
 
 def frame_vectors(connection: Connection, tenant: str, vector_set: str, seqs: Iterable[int]) -> dict[int, bytes]:
-    mine = and_(_in_set(tenant, vector_set), segments.c.seq.in_(list(seqs)))
-    return {seq: frames for seq, frames in connection.execute(select(segments.c.seq, segments.c.frames).where(mine))}
+    query = select(segments.c.seq, segments.c.frames).where(_in_set(tenant, vector_set))
+    return {seq: frames for seq, frames in among(connection, query, segments.c.seq, seqs)}
 
 
 def video_vectors(connection: Connection, tenant: str, vector_set: str, video_ids: Iterable[str]) -> dict[str, list[bytes]]:
@@ -107,9 +107,8 @@ def video_vectors(connection: Connection, tenant: str, vector_set: str, video_id
         select(segments.c.video_id, segments.c.frames)
         .join(videos, videos.c.id == segments.c.video_id)
         .where(videos.c.tenant_id == tenant, segments.c.vector_set == vector_set, segments.c.ordinal >= 0)
-        .where(segments.c.video_id.in_(list(video_ids)))
         .order_by(segments.c.video_id, segments.c.ordinal)
     )
-    for video_id, frames in connection.execute(query):
+    for video_id, frames in among(connection, query, segments.c.video_id, video_ids):
         found.setdefault(video_id, []).append(frames)
     return found

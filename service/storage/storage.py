@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import secrets
 import stat
 from contextlib import suppress
@@ -22,24 +21,19 @@ class Storage:
         self.settings = settings
         durable.make_folder(settings.data)
         _close_to_others(settings.data)
-        self.database = Database(settings.database)
+        self.database = Database(settings.database, settings.database_connections, settings.database_seconds)
         self.blobs = Blobs(settings.blob_root, settings.scratch)
 
     def prepare(self) -> str | None:
         """Schema, signing secret and operator's key; returns that key in clear if it was made just now."""
-        made = None
         self.database.migrate(self.settings.data / "migrate.lock")
-        with (self.settings.data / "migrate.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self.database.write() as connection:
-                if facts.fact(connection, "signing_secret") is None:
-                    facts.set_fact(connection, "signing_secret", secrets.token_hex(32))
-                if self.settings.root_key is not None:
-                    facts.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
-                elif facts.fact(connection, "root_key_hash") is None:
-                    _, made = keys.new_key()
-                    facts.set_fact(connection, "root_key_hash", keys.hash_key(made))
-        return made
+        made = keys.new_key()[1]
+        with self.database.write() as connection:
+            facts.keep_fact(connection, "signing_secret", secrets.token_hex(32))
+            if self.settings.root_key is not None:
+                facts.set_fact(connection, "root_key_hash", keys.hash_key(self.settings.root_key))
+                return None
+            return made if facts.keep_fact(connection, "root_key_hash", keys.hash_key(made)) == keys.hash_key(made) else None
 
     def close(self) -> None:
         self.database.close()

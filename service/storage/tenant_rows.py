@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from service.storage.rows import AlreadyExists, NotFound, Page, QuotaExceeded, checked_name, page, record
 from service.storage.tables import adapters, api_keys, collections, new_id, now, tenants, videos
@@ -34,9 +35,11 @@ class ApiKey:
 
 def create_tenant(connection: Connection, name: str, quotas: Mapping[str, Any]) -> Tenant:
     tenant = Tenant(new_id("ten"), checked_name(name), dict(quotas), now())
-    if connection.scalar(select(tenants.c.id).where(tenants.c.name == name)):
-        raise AlreadyExists("tenant", name)
-    connection.execute(insert(tenants).values(id=tenant.id, name=name, quotas=tenant.quotas, created_at=tenant.created_at))
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(tenants).values(**asdict(tenant)))
+    except IntegrityError as error:
+        raise AlreadyExists("tenant", name) from error
     return tenant
 
 
@@ -67,15 +70,19 @@ _OF_KEY = (  # made once: every request asks it
 
 
 def mark_tenant_deleted(connection: Connection, tenant: str) -> None:
-    """Its keys stop working now and its name is free; its collections are marked by the caller."""
+    """Its keys stop working now. The caller marks its collections, then calls `free_tenant_name`."""
+    connection.execute(update(tenants).where(tenants.c.id == tenant).values(deleted_at=now()))
     connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant))
-    connection.execute(update(tenants).where(tenants.c.id == tenant).values(name=tenant, deleted_at=now()))
+
+
+def free_tenant_name(connection: Connection, tenant: str) -> None:
+    """Last of all that a deletion changes: on PostgreSQL it waits for everyone who has just inserted a row of the tenant's."""
+    connection.execute(update(tenants).where(tenants.c.id == tenant).values(name=tenant))
 
 
 def add_key(connection: Connection, tenant: str, key_id: str, role: str, hashed: str, expires_at: str | None) -> ApiKey:
     key = ApiKey(key_id, tenant, role, hashed, now(), expires_at, None, None)
-    values = {name: getattr(key, name) for name in ApiKey.__dataclass_fields__}
-    connection.execute(insert(api_keys).values(**values))
+    connection.execute(insert(api_keys).values(**asdict(key)))
     return key
 
 

@@ -13,7 +13,7 @@ from service.storage.generation_rows import generations_of
 from service.storage.rows import record
 from service.storage.tables import adapters, captions, collections, generations, segments, tasks, tenants, videos
 from service.storage.tenant_rows import Tenant
-from service.videos.video_rows import set_video, videos_by_id
+from service.videos.video_rows import lock_video, set_video, videos_by_id
 
 
 def living_tenants(connection: Connection) -> list[Tenant]:
@@ -98,6 +98,7 @@ def has_open_task(connection: Connection, tenant: str, task: str) -> bool:
 
 def queue_again(connection: Connection, tenant: str, video: str) -> None:
     """A video that nothing works on, with a new indexing task."""
+    lock_video(connection, tenant, video)
     found = videos_by_id(connection, tenant, [video]).get(video)
     if found is not None and not has_open_task(connection, tenant, found.task_id):
         task = add_task(connection, tenant, found.collection_id, "index_video", {"video_id": video})

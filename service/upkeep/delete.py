@@ -10,21 +10,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection, and_, true
 
 from service.adapters import adapter_rows
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
 from service.search import views
-from service.storage import collection_rows, facts, generation_rows, segment_rows, tenant_rows
+from service.storage import collection_rows, facts, generation_rows, idempotency, segment_rows, tenant_rows
 from service.storage.blobs import adapter_key
 from service.storage.generation_rows import Generation
 from service.storage.storage import Storage
+from service.storage.tables import now, tasks
 from service.upkeep import erase_rows
 from service.videos import index, video_rows
 
@@ -40,21 +41,21 @@ log = structlog.get_logger()
 
 def delete_video(connection: Connection, tenant: str, collection: str, video: str) -> Task:
     """Marks, and adds the task of the purge, as all of these four do; the caller enqueues it. Raises NotFound."""
-    video_rows.mark_video_deleted(connection, tenant, video)
-    return _purge_of(connection, tenant, collection, "video", video, lambda task: task.request.get("video_id") == video)
+    gone = video_rows.mark_video_deleted(connection, tenant, video)
+    return _purge_of(connection, tenant, collection, "video", video, tasks.c.id == gone.task_id)
 
 
 def delete_adapter(connection: Connection, tenant: str, collection: str, adapter: str) -> Task:
     """Raises NotFound, AdapterInUse."""
     collection_rows.lock_collection(connection, tenant, collection)
     adapter_rows.mark_adapter_deleted(connection, tenant, collection, adapter)
-    return _purge_of(connection, tenant, collection, "adapter", adapter, lambda task: task.request.get("adapter_id") == adapter)
+    concerned = and_(tasks.c.collection_id == collection, tasks.c.request["adapter_id"].as_string() == adapter)
+    return _purge_of(connection, tenant, collection, "adapter", adapter, concerned)
 
 
 def delete_collection(connection: Connection, tenant: str, collection: str) -> Task:
-    collection_rows.lock_collection(connection, tenant, collection)
     collection_rows.mark_collection_deleted(connection, tenant, collection)
-    return _purge_of(connection, tenant, collection, "collection", collection, lambda task: task.collection_id == collection)
+    return _purge_of(connection, tenant, collection, "collection", collection, tasks.c.collection_id == collection)
 
 
 def delete_tenant(connection: Connection, tenant: str) -> Task:
@@ -62,18 +63,16 @@ def delete_tenant(connection: Connection, tenant: str) -> Task:
     tenant_rows.mark_tenant_deleted(connection, tenant)
     for collection in erase_rows.all_collections(connection, tenant):
         collection_rows.mark_collection_deleted(connection, tenant, collection)
-    return _purge_of(connection, tenant, None, "tenant", tenant, lambda task: True)
+    task = _purge_of(connection, tenant, None, "tenant", tenant, true())
+    tenant_rows.free_tenant_name(connection, tenant)
+    return task
 
 
 def _purge_of(
-    connection: Connection, tenant: str, collection: str | None, what: str, name: str, concerned: Callable[[Task], bool]
+    connection: Connection, tenant: str, collection: str | None, what: str, name: str, concerned: ColumnElement[bool]
 ) -> Task:
     """The purge's task; the open tasks that it concerns are cancelled."""
-    for task in task_rows.open_tasks(connection):
-        if task.tenant_id == tenant and task.kind != "purge" and concerned(task):
-            task_rows.set_task(connection, tenant, task.id, cancel_requested=True)
-            if task.status == "queued":
-                task_rows.end_task(connection, tenant, task.id, "cancelled")
+    task_rows.cancel_tasks(connection, tenant, concerned)
     return task_rows.add_task(connection, tenant, collection, "purge", {"what": what, "id": name})
 
 
@@ -82,7 +81,8 @@ def purge(storage: Storage, task: Task) -> dict[str, Any]:
     _purge(storage, task.tenant_id, task.collection_id, task.request["what"], task.request["id"])
     with storage.database.write() as connection:
         facts.set_fact(connection, "traces", True)
-        others = [t for t in task_rows.open_tasks(connection) if t.kind == "purge" and t.id != task.id]
+    with storage.database.read() as connection:
+        others = task_rows.open_tasks(connection, tasks.c.kind == "purge", tasks.c.id != task.id)
     if not others:  # the last of several does it for all
         _scrub(storage, anew=task.request["what"] != "video")
     return dict(task.request)
@@ -150,8 +150,10 @@ def purge_collection(storage: Storage, tenant: str, collection: str) -> None:
 
 def purge_tenant(storage: Storage, tenant: str) -> None:
     """Everything of a deleted tenant, its own row last."""
-    with storage.database.read() as connection:
+    with storage.database.write() as connection:
         theirs = erase_rows.all_collections(connection, tenant)
+        for collection in theirs:  # one that was made while the tenant was deleted too
+            collection_rows.mark_collection_deleted(connection, tenant, collection)
     for collection in theirs:
         purge_collection(storage, tenant, collection)
     with storage.database.write() as connection:
@@ -192,10 +194,10 @@ def retain(storage: Storage, settled: float = SETTLED) -> int:
 def sweep(storage: Storage, grace: float = GRACE) -> None:
     """All that a crash may have left, and what retention lets go. For a worker, at its start and about once an hour."""
     with storage.database.write() as connection:
+        idempotency.forget(connection, now(-3600 * storage.settings.idempotency_hours))
         abandoned = generation_rows.retire_abandoned(connection)
-    before = datetime.now(UTC) - timedelta(seconds=grace)
     with storage.database.read() as connection:
-        forgotten = erase_rows.forgotten(connection, before.isoformat(timespec="microseconds").replace("+00:00", "Z"))
+        forgotten = erase_rows.forgotten(connection, now(-grace))
     for what, tenant, collection, name in forgotten:
         try:
             _purge(storage, tenant, collection, what, name)

@@ -10,7 +10,19 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import ColumnElement, Connection, and_, delete, or_, select, tuple_
 
 from service.jobs.task_rows import OPEN
-from service.storage.tables import adapters, captions, collections, generations, idempotency, segments, tasks, tenants, videos
+from service.storage.rows import among
+from service.storage.tables import (
+    adapters,
+    api_keys,
+    captions,
+    collections,
+    generations,
+    idempotency,
+    segments,
+    tasks,
+    tenants,
+    videos,
+)
 
 
 def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) -> int:
@@ -25,9 +37,11 @@ def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) 
     ids = [row.id for row in found]
     answers = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["video_id"].as_string().in_(ids))
     connection.execute(delete(idempotency).where(answers))
-    connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant, tasks.c.id.in_([row.task_id for row in found])))
+    connection.execute(select(videos.c.id).where(videos.c.id.in_(ids)).order_by(videos.c.id).with_for_update())
     connection.execute(delete(captions).where(captions.c.video_id.in_(ids)))
-    return connection.execute(delete(videos).where(videos.c.id.in_(ids))).rowcount
+    connection.execute(delete(videos).where(videos.c.id.in_(ids)))
+    connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant, tasks.c.id.in_([row.task_id for row in found])))
+    return len(ids)
 
 
 def erase_adapter(connection: Connection, tenant: str, collection: str, adapter_id: str) -> tuple[str, list[str]] | None:
@@ -50,7 +64,7 @@ def erase_adapter(connection: Connection, tenant: str, collection: str, adapter_
 
 def erase_collection(connection: Connection, tenant: str, collection: str) -> None:
     """The last of a deleted collection, when its videos and vectors are gone. Its purge tasks stay, they tell of ids alone."""
-    if not is_marked(connection, tenant, collection):
+    if not is_marked(connection, tenant, collection, lock=True):
         return
     mine = and_(collections.c.tenant_id == tenant, collections.c.id == collection)
     made = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["id"].as_string() == collection)
@@ -64,7 +78,8 @@ def erase_collection(connection: Connection, tenant: str, collection: str) -> No
 def erase_tenant(connection: Connection, tenant: str) -> None:
     """The last of a deleted tenant, when its collections are gone: answers, tasks (the purge itself too), its row."""
     mine = and_(tenants.c.id == tenant, tenants.c.deleted_at.is_not(None))
-    if connection.scalar(select(tenants.c.id).where(mine)) is not None:
+    if connection.scalar(select(tenants.c.id).where(mine).with_for_update()) is not None:
+        connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant))
         connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant))
         connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant))
         connection.execute(delete(tenants).where(mine))
@@ -78,10 +93,11 @@ def _erase_tasks(connection: Connection, tenant: str, collection: str, which: Co
     connection.execute(delete(tasks).where(mine))
 
 
-def is_marked(connection: Connection, tenant: str, collection: str) -> bool:
-    """Whether a collection is there and marked as deleted."""
+def is_marked(connection: Connection, tenant: str, collection: str, lock: bool = False) -> bool:
+    """Whether a collection is there and marked as deleted; with `lock`, its row is locked until the transaction ends."""
     mine = and_(collections.c.tenant_id == tenant, collections.c.id == collection, collections.c.deleted_at.is_not(None))
-    return connection.scalar(select(collections.c.id).where(mine)) is not None
+    query = select(collections.c.id).where(mine)
+    return connection.scalar(query.with_for_update() if lock else query) is not None
 
 
 def some_videos(connection: Connection, tenant: str, collection: str, limit: int) -> list[str]:
@@ -92,7 +108,9 @@ def some_videos(connection: Connection, tenant: str, collection: str, limit: int
 
 def all_collections(connection: Connection, tenant: str) -> list[str]:
     """Ids of the tenant's collections, deleted ones among them."""
-    return list(connection.scalars(select(collections.c.id).where(collections.c.tenant_id == tenant)))
+    return list(
+        connection.scalars(select(collections.c.id).where(collections.c.tenant_id == tenant).order_by(collections.c.id))
+    )
 
 
 # For the sweep alone, over all tenants.
@@ -119,15 +137,15 @@ def orphaned_vector_sets(connection: Connection) -> list[str]:
 
 
 def known_videos(connection: Connection, ids: Iterable[str]) -> set[str]:
-    return set(connection.scalars(select(videos.c.id).where(videos.c.id.in_(list(ids)))))
+    return {row.id for row in among(connection, select(videos.c.id), videos.c.id, ids)}
 
 
 def known_adapters(connection: Connection, files: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     """Those of these (collection, digest) that have a row."""
     pair = tuple_(adapters.c.collection_id, adapters.c.digest)
-    rows = connection.execute(select(adapters.c.collection_id, adapters.c.digest).where(pair.in_(list(files))))
-    return {(collection, digest) for collection, digest in rows}
+    query = select(adapters.c.collection_id, adapters.c.digest)
+    return {(collection, digest) for collection, digest in among(connection, query, pair, files)}
 
 
 def known_collections(connection: Connection, ids: Iterable[str]) -> set[str]:
-    return set(connection.scalars(select(collections.c.id).where(collections.c.id.in_(list(ids)))))
+    return {row.id for row in among(connection, select(collections.c.id), collections.c.id, ids)}

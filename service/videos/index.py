@@ -76,11 +76,10 @@ def prepare_frames(
         video = video_rows.video(connection, tenant, video_id)
         if video.media is not None:
             return
-        task_rows.start_task(connection, tenant, video.task_id)
-        video_rows.set_video(connection, tenant, video_id, status="validating")
         collection = collection_rows.lock_collection(connection, tenant, video.collection_id)
-    if collection is None:
-        raise NotFound("collection", video.collection_id)
+        if collection is None or not video_rows.set_video(connection, tenant, video_id, status="validating"):
+            raise NotFound("video", video_id)
+        task_rows.start_task(connection, tenant, video.task_id)
     media = _decode(storage, encoder, decoders, video, collection, wanted)
     with storage.database.write() as connection:
         alive = video_rows.set_video(connection, tenant, video_id, status="queued", media=media)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select
 from service.jobs.task_rows import Task, add_task
 from service.storage.collection_rows import lock_collection
 from service.storage.generation_rows import vector_sets
-from service.storage.rows import NotFound, Page, page, record
+from service.storage.rows import NotFound, Page, among, page, parts, record
 from service.storage.tables import captions, new_id, now, segments, videos
 
 IN_PROGRESS = ("pending", "validating", "queued", "indexing")
@@ -109,8 +109,8 @@ _PENDING = select(func.count()).where(  # made once: every search asks it; the f
 
 
 def videos_by_id(connection: Connection, tenant: str, ids: Iterable[str]) -> dict[str, Video]:
-    found = connection.execute(_BY_ID, {"tenant": tenant, "ids": list(ids)})
-    return {row["id"]: record(Video, row) for row in found.mappings()}
+    found = (connection.execute(_BY_ID, {"tenant": tenant, "ids": part}).mappings() for part in parts(ids))
+    return {row["id"]: record(Video, row) for rows in found for row in rows}
 
 
 _BY_ID = select(videos).where(  # made once: every search asks it
@@ -177,15 +177,23 @@ def set_video(connection: Connection, tenant: str, video_id: str, **values: Any)
     return bool(connection.execute(update(videos).where(mine).values(updated_at=now(), **values)).rowcount)
 
 
-def mark_video_deleted(connection: Connection, tenant: str, video_id: str) -> None:
+def lock_video(connection: Connection, tenant: str, video_id: str) -> None:
+    """The video's row, where there is one, is locked until the transaction ends: for what locks its task next."""
+    mine = and_(videos.c.tenant_id == tenant, videos.c.id == video_id)
+    connection.execute(select(videos.c.id).where(mine).with_for_update())
+
+
+def mark_video_deleted(connection: Connection, tenant: str, video_id: str) -> Video:
     """The video leaves every list now, and every index by a tombstone in each vector set of its collection."""
     gone = video(connection, tenant, video_id)
     lock_collection(connection, tenant, gone.collection_id)
-    set_video(connection, tenant, video_id, deleted_at=now())
+    if not set_video(connection, tenant, video_id, deleted_at=now()):
+        raise NotFound("video", video_id)
     for vector_set in vector_sets(connection, tenant, gone.collection_id):
         theirs = and_(segments.c.vector_set == vector_set, segments.c.video_id == video_id)
         connection.execute(delete(segments).where(theirs))
         connection.execute(insert(segments).values(vector_set=vector_set, video_id=video_id, ordinal=-1))
+    return gone
 
 
 def set_captions(connection: Connection, tenant: str, video_id: str, texts: Sequence[Caption]) -> None:
@@ -210,10 +218,10 @@ def captions_of(connection: Connection, tenant: str, video_ids: Iterable[str]) -
     query = (
         select(captions.c.video_id, captions.c.text, captions.c.start, captions.c.end)
         .join(videos, videos.c.id == captions.c.video_id)
-        .where(videos.c.tenant_id == tenant, captions.c.video_id.in_(list(found)))
+        .where(videos.c.tenant_id == tenant)
         .order_by(captions.c.video_id, captions.c.position)
     )
-    for video_id, text, start, end in connection.execute(query):
+    for video_id, text, start, end in among(connection, query, captions.c.video_id, found):
         found[video_id].append(Caption(text, start, end))
     return found
 

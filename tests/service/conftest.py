@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import Server, Tenant, new_tenant
+from serving import Server, Tenant, new_database, new_tenant
 from workshop import Workshop, application
+
+
+ON_BOTH = ("test_captions", "test_cleanup", "test_errors", "test_filters", "test_keys", "test_requests", "test_tenancy")
+DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +30,30 @@ def tenant(server: Server) -> Tenant:
     return new_tenant(server.client)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests of these modules that ask an application in this process do so on either database."""
+    if "client" in metafunc.fixturenames and metafunc.module.__name__ in ON_BOTH:
+        metafunc.parametrize("client", DATABASES, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def sqlite_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with application(tmp_path_factory.mktemp("application") / "data") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres_client(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[Any]:
+    data = tmp_path_factory.mktemp("application") / "data"
+    with application(data, database_url=new_database(postgres)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(
+        "postgres_client" if getattr(request, "param", "sqlite") == "postgresql" else "sqlite_client"
+    )
 
 
 @pytest.fixture
@@ -42,6 +66,11 @@ def guest(client: Any) -> Tenant:
 def workshop(guest: Tenant) -> Workshop:
     """That tenant, with hands that do its tasks."""
     return Workshop(guest)
+
+
+@pytest.fixture
+def empty_postgres(postgres: str) -> str:
+    return new_database(postgres)
 
 
 @pytest.fixture(scope="session")

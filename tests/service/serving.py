@@ -19,6 +19,7 @@ from typing import Any
 import av
 import httpx
 import numpy as np
+from sqlalchemy import create_engine, make_url
 
 ROOT_KEY = "pc_operator_of-the-tests"
 ROOT = {"Authorization": f"Bearer {ROOT_KEY}"}
@@ -162,6 +163,16 @@ def new_tenant(client: Any, quotas: dict[str, int] | None = None) -> Tenant:
         for role in ("search", "write", "admin")
     }
     return Tenant(client, name, keys)
+
+
+def new_database(postgres: str) -> str:
+    """The URL of an empty database of that server."""
+    name = f"polyclip_{next(_numbers)}"
+    engine = create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return make_url(postgres).set(database=name).render_as_string(hide_password=False)
 
 
 class Server:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ROOT, Tenant, new_tenant
+from serving import ROOT, Tenant, new_database, new_tenant
 from sqlalchemy import select
 from workshop import Workshop, application
 
@@ -25,9 +25,10 @@ from service.videos import video_rows
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An application of this file's own: the files of one that other tests use too hold their words and their open purges."""
-    with application(tmp_path_factory.mktemp("erased") / "data") as running:
+    url = new_database(request.getfixturevalue("postgres")) if request.param == "postgresql" else None
+    with application(tmp_path_factory.mktemp("erased") / "data", database_url=url) as running:
         yield running
 
 

@@ -24,10 +24,10 @@ from service.videos import video_rows
 from service.videos.decoders import Decoders
 
 
-def application(data: Path) -> TestClient:
+def application(data: Path, **settings: Any) -> TestClient:
     """An application without a worker, in this process; what it cannot answer comes back as 500."""
-    settings = Settings(data=data, root_key=ROOT_KEY, max_video_bytes=100_000, threads=1)
-    return TestClient(create_app(settings), raise_server_exceptions=False)
+    bounds: dict[str, Any] = {"root_key": ROOT_KEY, "max_video_bytes": 100_000, "threads": 1}
+    return TestClient(create_app(Settings(data=data, **{**bounds, **settings})), raise_server_exceptions=False)
 
 
 class Workshop:
