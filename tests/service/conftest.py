@@ -11,7 +11,6 @@ import pytest
 from serving import Server, Tenant, new_database, new_tenant
 from workshop import Workshop, application
 
-
 ON_BOTH = ("test_captions", "test_cleanup", "test_errors", "test_filters", "test_keys", "test_requests", "test_tenancy")
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 
@@ -31,9 +30,10 @@ def tenant(server: Server) -> Tenant:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The tests of these modules that ask an application in this process do so on either database."""
+    """The tests of these modules that ask an application in this process do so on either database, or on the one they name."""
     if "client" in metafunc.fixturenames and metafunc.module.__name__ in ON_BOTH:
-        metafunc.parametrize("client", DATABASES, indirect=True, scope="module")
+        only = metafunc.definition.get_closest_marker("postgres") is not None
+        metafunc.parametrize("client", DATABASES[1:] if only else DATABASES, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,30 @@
 """The rows on a real SQLite and, where there is one, a real PostgreSQL."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import func, select
+from sqlalchemy import Connection, event, func, select
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from service.adapters import adapter_rows
 from service.jobs import task_rows
-from service.storage import collection_rows, generation_rows, idempotency, segment_rows, tenant_rows
-from service.storage.database import Database
+from service.settings import Settings
+from service.storage import collection_rows, facts, generation_rows, idempotency, segment_rows, tenant_rows
+from service.storage.database import Database, InvalidText
+from service.storage.faults import fault_of
+from service.storage.keys import hash_key
 from service.storage.rows import AlreadyExists, NotFound
+from service.storage.storage import Storage
 from service.storage.tables import metadata, now
 from service.storage.tenant_rows import Tenant
-from service.upkeep import erase_rows
+from service.upkeep import delete, erase_rows
 from service.videos import video_rows
 
 
@@ -209,6 +217,136 @@ def test_what_is_erased_is_gone_and_what_is_not_marked_stays(database: Database)
         assert erase_rows.known_collections(connection, [collection.id, kept.id]) == {kept.id}
     names = ("tenants", "collections", "generations", "videos", "tasks")  # the neighbour's
     assert left == {name: 1 if name in names else 0 for name in left}
+
+
+def beside(database: Database, first: Callable[[Connection], Any], second: Callable[[Connection], Any]) -> Any:
+    """What `second` returns, begun in another transaction while that of `first` is still open."""
+    begun, result = threading.Event(), []
+
+    def other() -> None:
+        begun.set()
+        with database.write() as connection:
+            result.append(second(connection))
+
+    thread = threading.Thread(target=other)
+    with database.write() as connection:
+        first(connection)
+        thread.start()
+        begun.wait()
+        thread.join(0.3)  # on SQLite it cannot begin
+    thread.join(30)
+    return result[0]
+
+
+def test_a_fact_and_a_sign_of_life_are_written_by_two_at_once(database: Database) -> None:
+    for act in (partial(facts.set_fact, key="k", value=[1]), partial(facts.worker_seen, worker="w")):
+        beside(database, act, act)
+    assert beside(database, partial(facts.keep_fact, key="s", value=1), partial(facts.keep_fact, key="s", value=2)) == 1
+    with database.read() as connection:
+        assert facts.fact(connection, "k") == [1] and facts.living_workers(connection, 60) == {"w"}
+
+
+def test_a_name_is_given_once_when_two_ask_for_it(database: Database) -> None:
+    make = partial(tenant_rows.create_tenant, name="acme", quotas={})
+
+    def late(connection: Connection) -> str:
+        with pytest.raises(AlreadyExists):
+            make(connection)
+        return "refused"
+
+    assert beside(database, make, late) == "refused"
+
+
+def test_a_retry_beside_the_first_request_is_given_its_answer(database: Database) -> None:
+    tenant, _, _ = tenant_and_video(database)
+
+    def ask(connection: Connection, answer: str) -> Any:
+        return idempotency.once(connection, tenant.id, "key", "hash", lambda: {"task_id": answer})
+
+    assert beside(database, partial(ask, answer="first"), partial(ask, answer="second")) == {"task_id": "first"}
+    with database.write() as connection:
+        idempotency.forget(connection, now(-60))
+        assert ask(connection, "later") == {"task_id": "first"}
+        idempotency.forget(connection, now(1))
+        assert ask(connection, "later") == {"task_id": "later"}
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_a_text_that_one_database_cannot_store_is_refused_on_both(database: Database, text: str) -> None:
+    attempts: list[Callable[[Connection], Any]] = [
+        lambda connection: tenant_rows.tenant_named(connection, text),
+        lambda connection: facts.set_fact(connection, "k", {"deep": [text]}),
+        lambda connection: facts.set_fact(connection, "k", {text: 1}),
+        lambda connection: video_rows.videos_by_id(connection, "t", [text]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(InvalidText), database.write() as connection:
+            attempt(connection)
+
+
+def test_more_values_than_a_statement_takes_parameters(database: Database) -> None:
+    tenant, collection, video = tenant_and_video(database)
+    many = [*map(str, range(70_000)), video]
+    with database.write() as connection:
+        video_rows.set_captions(connection, tenant.id, video, [video_rows.Caption("a"), video_rows.Caption("b")])
+        vectors = collection.active_generation_id
+        segment_rows.add_segments(connection, tenant.id, video, vectors, [row()])
+        (seq,) = [found["seq"] for found in segment_rows.segments_after(connection, tenant.id, vectors, 0, 10)]
+    with database.read() as connection:
+        assert list(video_rows.videos_by_id(connection, tenant.id, many)) == [video]
+        assert [c.text for c in video_rows.captions_of(connection, tenant.id, many)[video]] == ["a", "b"]
+        assert list(segment_rows.video_vectors(connection, tenant.id, vectors, many)) == [video]
+        assert list(segment_rows.frame_vectors(connection, tenant.id, vectors, [*range(100, 70_100), seq])) == [seq]
+        assert erase_rows.known_videos(connection, many) == {video}
+        assert erase_rows.known_collections(connection, [*many, collection.id]) == {collection.id}
+        assert erase_rows.known_adapters(connection, [(name, name) for name in many]) == set()
+
+
+def test_a_connection_is_waited_for_and_then_refused(database: Database) -> None:
+    small = Database(database.url, connections=2, wait=0.05)
+    with small.read(), small.read():
+        with pytest.raises(NoConnectionFree) as refused, small.read():
+            pass
+        assert fault_of(refused.value) == "crowded"
+    with small.read():
+        pass
+    small.close()
+
+
+@pytest.mark.postgres
+def test_the_first_start_of_two_replicas_makes_one_installation(empty_postgres: str, tmp_path: Path) -> None:
+    """Each with a data folder of its own: no lock file can help."""
+    replicas = [Storage(Settings(data=tmp_path / name, database_url=empty_postgres)) for name in ("a", "b")]
+    with ThreadPoolExecutor(2) as pool:
+        keys = [key for key in pool.map(lambda replica: replica.prepare(), replicas) if key is not None]
+    with replicas[0].database.read() as connection:
+        assert [hash_key(key) for key in keys] == [facts.fact(connection, "root_key_hash")]
+    for replica in replicas:
+        replica.close()
+
+
+def test_deleting_a_video_looks_at_no_task_but_its_own(tmp_path: Path) -> None:
+    """By the primary key: the tasks of others may be millions, and the write lock is held."""
+    database = Database(f"sqlite:///{tmp_path / 'test.sqlite'}")
+    database.migrate(tmp_path / "lock")
+    tenant, collection, video = tenant_and_video(database)
+    asked: list[tuple[str, Any]] = []
+    with database.write() as connection:
+        note = lambda *of: asked.append((of[2], of[3]))  # noqa: E731
+        event.listen(database.engine, "before_cursor_execute", note)
+        delete.delete_video(connection, tenant.id, collection.id, video)
+        event.remove(database.engine, "before_cursor_execute", note)
+        plans = [
+            str(step[3])
+            for statement, parameters in asked
+            if "tasks" in statement and not statement.startswith("INSERT")
+            for step in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+    assert plans and all("sqlite_autoindex_tasks_1 (id=?)" in plan for plan in plans), plans
+    with database.read() as connection:
+        states = {task.kind: task.status for task in task_rows.list_tasks(connection, tenant.id, None, None, 10, None).rows}
+    assert states == {"index_video": "cancelled", "purge": "queued"}
+    database.close()
 
 
 def test_a_commit_is_synced_and_the_journal_is_a_wal(tmp_path: Path) -> None:

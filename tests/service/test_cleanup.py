@@ -1,6 +1,7 @@
 """Deletion, retention and what a sweep finds: afterwards nothing is left, in the tables or on the disk."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ROOT, Tenant, new_database, new_tenant
-from sqlalchemy import select
+from serving import ROOT, Tenant, clip, new_database, new_tenant
+from sqlalchemy import Connection, event, insert, select, update
 from workshop import Workshop, application
 
 from service.adapters import activate
@@ -19,8 +20,8 @@ from service.jobs.run import Shift
 from service.storage import collection_rows, facts, generation_rows
 from service.storage.blobs import frames_key, video_key
 from service.storage.storage import Storage
-from service.storage.tables import metadata
-from service.upkeep import delete, erase_rows
+from service.storage.tables import adapters, generations, metadata, segments
+from service.upkeep import check_rows, delete, erase_rows
 from service.videos import video_rows
 
 
@@ -142,7 +143,7 @@ def test_an_adapter_that_searches_use_is_not_deleted(workshop: Workshop) -> None
 
 def adapter_digest(workshop: Workshop, adapter: str) -> str:
     with workshop.storage.database.read() as connection:
-        return str(connection.exec_driver_sql("select digest from adapters where id = ?", (adapter,)).scalar())
+        return str(connection.scalar(select(adapters.c.digest).where(adapters.c.id == adapter)))
 
 
 def test_the_same_adapter_published_again_before_its_purge_stands(workshop: Workshop) -> None:
@@ -176,7 +177,7 @@ def test_a_deleted_tenant_is_gone_at_once_and_altogether(workshop: Workshop, gue
     assert purge_with_crashes(workshop) > 3
     assert tables_naming(workshop.storage, workshop.tenant, *videos, waiting) == set()
     assert files_naming(workshop.storage, *videos, waiting, "a crane") == []
-    assert other.guest.found(kept) == [video] and files_naming(workshop.storage, "the neighbour's caption")
+    assert other.guest.found(kept) == [video] and tables_naming(workshop.storage, "the neighbour's caption")
 
 
 def test_deleting_a_collection_cancels_what_runs_on_it(workshop: Workshop) -> None:
@@ -226,8 +227,8 @@ def test_retention_by_age(workshop: Workshop) -> None:
     delete.retain(workshop.storage, settled=0)
     assert workshop.states(collection) == {None: "active", adapter: "retired"}
     with workshop.storage.database.write() as connection:
-        when = "2020-01-01T00:00:00.000000Z"
-        connection.exec_driver_sql("update generations set retired_at = ? where adapter_id = ?", (when, adapter))
+        long_ago = update(generations).values(retired_at="2020-01-01T00:00:00.000000Z")
+        connection.execute(long_ago.where(generations.c.adapter_id == adapter))
     delete.retain(workshop.storage)
     assert workshop.states(collection) == {None: "active"}
 
@@ -307,12 +308,9 @@ def test_other_writers_get_their_turn_while_much_is_deleted(workshop: Workshop) 
     tenant = workshop.tenant
     (generation,) = workshop.generations(collection)
     with workshop.storage.database.write() as connection:
-        row = {"start": 0.0, "end": 1.0, "pooled": bytes(1024), "frames": bytes(12_288)}
-        for at in range(6000):
-            connection.exec_driver_sql(
-                "insert into segments (vector_set, video_id, ordinal, start, end, pooled, frames) values (?, ?, ?, ?, ?, ?, ?)",
-                (generation.id, f"vid_{at}", 0, *row.values()),
-            )
+        row = {"ordinal": 0, "start": 0.0, "end": 1.0, "pooled": bytes(1024), "frames": bytes(12_288)}
+        rows = [{"vector_set": generation.id, "video_id": f"vid_{at}", **row} for at in range(6000)]
+        connection.execute(insert(segments), rows)
     key = workshop.id(collection)
     workshop.guest.call("DELETE", f"/collections/{collection}")
     purge = threading.Thread(target=delete.purge_collection, args=[workshop.storage, tenant, key])
@@ -342,3 +340,66 @@ def test_tasks_of_what_was_deleted_end_quietly(workshop: Workshop) -> None:
             workshop.tenant, task.id
         )  # the engine may still hand them out
     assert workshop.open_tasks() == []
+
+
+LOCKED_IN_ORDER = ("tenants", "collections", "videos", "tasks")
+LOCKS = re.compile(r"UPDATE (\w+)|DELETE FROM (\w+)|SELECT\b.*?\bFROM (\w+).*\bFOR UPDATE", re.DOTALL)
+
+
+@contextmanager
+def locks(storage: Storage) -> Iterator[list[list[str]]]:
+    """The tables whose rows each transaction locks, in order. A tenant's name goes last."""
+    found: list[list[str]] = []
+
+    def begin(connection: Connection) -> None:
+        connection.info["locks"] = []
+        found.append(connection.info["locks"])
+
+    def note(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        match, mine = LOCKS.match(statement), connection.info.get("locks", [])
+        if match and (table := match[match.lastindex or 0]) in LOCKED_IN_ORDER and table not in mine:
+            mine.append(table)
+
+    engine = storage.database.engine
+    event.listen(engine, "begin", begin)
+    event.listen(engine, "before_cursor_execute", note)
+    yield found
+    event.remove(engine, "begin", begin)
+    event.remove(engine, "before_cursor_execute", note)
+
+
+@pytest.mark.postgres  # SQLite locks no rows
+def test_every_transaction_locks_rows_in_one_order(workshop: Workshop) -> None:
+    """Tenant, collection, video, task: two that take the same locks in another order would wait for each other."""
+    guest = workshop.guest
+    with locks(workshop.storage) as found:
+        collection, (video, _) = workshop.filled([1, 2], ["a word"])
+        guest.upload(collection, clip(1), captions=["another word"], headers={"Idempotency-Key": "k"})
+        cancelled = guest.upload(collection, clip(3)).json()
+        guest.call("POST", f"/tasks/{cancelled['task_id']}/cancel")
+        guest.upload(collection, b"\0\0\0\x18ftypmp42" + bytes(2000))
+        running = guest.upload(collection, clip(4)).json()
+        workshop.work()
+        asked = guest.upload(collection, clip(5)).json()
+        with workshop.storage.database.write() as connection:
+            task_rows.start_task(connection, workshop.tenant, asked["task_id"])
+        guest.call("POST", f"/tasks/{asked['task_id']}/cancel")
+        workshop.work()
+        adapter = workshop.adapter(collection, 1)
+        workshop.activate(collection, adapter)
+        with workshop.storage.database.write() as connection:
+            check_rows.queue_again(connection, workshop.tenant, running["video_id"])
+        guest.call("DELETE", f"/collections/{collection}/videos/{video}")
+        guest.upload(collection, clip(6))
+        workshop.work()
+        workshop.activate(collection, None)
+        guest.call("DELETE", f"/collections/{collection}/adapters/{adapter}")
+        guest.upload(guest.collection("left"), clip(1))
+        guest.call("DELETE", f"/collections/{collection}")
+        workshop.work()
+        guest.client.delete(f"/admin/tenants/{guest.name}", headers=ROOT)
+        workshop.work()
+        delete.sweep(workshop.storage)
+    wrong = [tables for tables in found if tables != sorted(tables, key=LOCKED_IN_ORDER.index)]
+    assert wrong == []
+    assert ["videos", "tasks"] in found and any("collections" in tables and "tasks" in tables for tables in found)

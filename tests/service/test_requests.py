@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Tenant, clip
+from serving import ROOT, Tenant, clip, new_tenant
 from test_errors import check_problem
+from workshop import Workshop, application
 
 from service.http.media import media_type
 from service.http.paging import MAX_OFFSET
+from service.upkeep import import_collection
 
 NINES = "9" * 5000
 
@@ -19,8 +25,6 @@ NINES = "9" * 5000
 @pytest.fixture(scope="module")
 def film(client: Any) -> tuple[str, bytes]:
     """The signed URL of a video, and its bytes."""
-    from serving import new_tenant
-
     guest = new_tenant(client)
     collection = guest.collection()
     guest.upload(collection, clip(3))
@@ -170,3 +174,137 @@ def test_a_video_that_is_not_indexed_yet_is_told_and_things_bear_one_name(guest:
     check_problem(guest.call("PUT", f"{path}/captions", json={"captions": [" "]}), 422, "invalid_request")
     fields = guest.client.get("/openapi.json").json()["components"]["schemas"]["VideoOut"]["properties"]
     assert {name for name, field in fields.items() if field.get("deprecated")} == {"video_id", "user_metadata"}
+
+
+ODD = ["a\0b", "\ud800"]  # NUL, and half of a surrogate pair
+
+
+@pytest.mark.parametrize("text", ODD, ids=["nul", "surrogate"])
+def test_a_text_that_cannot_be_stored_is_refused_wherever_it_comes(guest: Tenant, text: str) -> None:
+    collection = guest.collection()
+    video = guest.upload(collection, clip(1)).json()["video_id"]
+    json_headers = {"Content-Type": "application/json"}
+
+    def send(method: str, path: str, body: Any) -> Any:
+        return guest.call(method, path, content=json.dumps(body), headers=json_headers)
+
+    refused = [
+        send("POST", "/collections", {"name": text}),
+        send("POST", "/collections", {"name": "described", "settings": {"description": text}}),
+        send("PATCH", f"/collections/{collection}", {"settings": {"description": text}}),
+        send("PUT", f"/collections/{collection}/videos/{video}/captions", {"captions": [f"a {text}"]}),
+        send("PUT", f"/collections/{collection}/videos/{video}/captions", {"captions": [{"text": f"a {text}"}]}),
+        send("POST", f"/admin/collections/{collection}/adapters", {"recipe": {text: 1}}),
+        send("POST", f"/admin/collections/{collection}/adapters", {"recipe": {"preset": text}}),
+        guest.upload(collection, clip(2), metadata=json.dumps({"k": [text]})),
+        guest.upload(collection, clip(2), metadata=json.dumps({text: 1})),
+        guest.upload(collection, clip(2), captions=json.dumps([text])),
+        guest.upload(collection, clip(1), metadata=json.dumps({"k": text})),
+    ]
+    assert [answer.status_code for answer in refused] == [422] * len(refused)
+    absent = [
+        send("POST", f"/admin/collections/{collection}/activate", {"adapter_id": text}),
+        send("POST", "/search", {"collection": text, "text": "a"}),
+    ]
+    assert {answer.status_code for answer in absent} <= {404, 422}
+    body = {"collection": collection, "text": f"a {text} b", "filter": {"metadata.k": text, f"metadata.{text}": 1}}
+    assert send("POST", "/search", body).status_code in (200, 422)
+    assert guest.get(f"/collections/{collection}/videos").json()["page_info"]["total_results"] == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/collections/{0}", "/collections/{0}/videos", "/collections/films/videos/{0}", "/tasks/{0}", "/tasks/{0}/events",
+        "/collections/films/adapters/{0}", "/collections/films/adapters/{0}/weights", "/admin/collections/{0}/export",
+        "/tasks?collection={0}", "/admin/tenants/{0}/usage",
+    ],
+)  # fmt: skip
+def test_an_id_with_a_nul_names_nothing(guest: Tenant, path: str) -> None:
+    guest.collection("films")
+    for odd in ("%00", "a%00b", "%ED%A0%80"):
+        answer = guest.call("GET", path.format(odd))
+        assert answer.status_code == 404 and answer.json()["code"].endswith("not_found"), answer.text
+
+
+def test_the_operator_too_may_send_odd_names(client: Any) -> None:
+    for method, path in (("GET", "/usage"), ("GET", "/keys"), ("DELETE", ""), ("DELETE", "/keys/%00")):
+        assert client.request(method, f"/admin/tenants/a%00b{path}", headers=ROOT).status_code == 404
+    check_problem(client.post("/admin/tenants", json={"name": "a\0b"}, headers=ROOT), 422, "invalid_name")
+
+
+@pytest.mark.parametrize("key", [b"pc_a\0b_secret", b"pc_\0_", b"\0", b"pc_\xed\xa0\x80_x"])
+def test_a_key_that_cannot_be_one_is_invalid(client: Any, key: bytes) -> None:
+    check_problem(client.get("/collections", headers={"X-API-Key": key}), 401, "invalid_key")
+
+
+def test_a_file_name_is_stored_without_what_cannot_be_printed(guest: Tenant) -> None:
+    collection = guest.collection()
+    guest.upload(collection, clip(1), "a\0b.mp4")
+    (video,) = guest.get(f"/collections/{collection}/videos").json()["data"]
+    assert "\0" not in video["filename"]
+
+
+# A key that a request is sent again with
+
+
+@pytest.mark.parametrize("key", ["", "a\0b"])
+def test_an_empty_idempotency_key_or_an_odd_one_is_refused(guest: Tenant, key: str) -> None:
+    answer = guest.post("/collections", {"name": "films"}, headers={"Idempotency-Key": key})
+    check_problem(answer, 422, "invalid_request")
+    assert guest.get("/collections").json()["data"] == []
+
+
+def test_of_requests_at_once_with_one_key_one_is_done(guest: Tenant) -> None:
+    """Each is let in before the other has been answered."""
+    collection = guest.collection()
+    headers = {"Idempotency-Key": "k"}
+    asks = {
+        "collection": lambda: guest.post("/collections", {"name": "made"}, headers={"Idempotency-Key": "c"}),
+        "task": lambda: guest.post(f"/admin/collections/{collection}/activate", {"adapter_id": None}, headers=headers),
+        "upload": lambda: guest.upload(collection, clip(1), headers={"Idempotency-Key": "u"}),
+    }
+    for what, ask in asks.items():
+        with ThreadPoolExecutor(6) as pool:
+            answers = [future.result() for future in [pool.submit(ask) for _ in range(6)]]
+        assert {answer.status_code for answer in answers} == {201 if what == "collection" else 202}, what
+        assert len({answer.text for answer in answers}) == 1, what
+    assert [task["kind"] for task in guest.get("/tasks").json()["data"]] == ["index_video", "activate"]
+
+
+def test_of_two_imports_at_once_with_one_key_one_is_done(workshop: Workshop) -> None:
+    guest, together = workshop.guest, threading.Barrier(2, timeout=60)
+    collection, _ = workshop.filled([1])
+    archive = guest.call("GET", f"/admin/collections/{collection}/export").content
+    look = import_collection.look
+
+    def looked(*of: Any) -> str:
+        """Both requests come so far before either has been answered."""
+        found = look(*of)
+        together.wait()
+        return found
+
+    def ask() -> Any:
+        path, headers = "/admin/collections/import?collection=copy", {"Idempotency-Key": "k"}
+        return guest.call("POST", path, files={"file": ("a.tar", archive)}, headers=headers)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(import_collection, "look", looked)
+        answers = [future.result() for future in [pool.submit(ask) for _ in range(2)]]
+    assert [answer.status_code for answer in answers] == [202, 202], [answer.text for answer in answers]
+    assert answers[0].text == answers[1].text
+    (task,) = workshop.open_tasks()
+    assert workshop.storage.blobs.exists(task.request["archive"])
+    workshop.work()
+
+
+def test_when_every_connection_to_the_database_is_in_use_the_answer_is_a_503(tmp_path: Path) -> None:
+    with application(tmp_path / "data", database_connections=4, database_seconds=0.05) as client:
+        guest = new_tenant(client)
+        with ExitStack() as held:
+            for _ in range(4):
+                held.enter_context(client.app.state.services.storage.database.read())
+            answer = guest.call("GET", "/collections")
+        problem = check_problem(answer, 503, "overloaded")
+        assert answer.headers["Retry-After"] and "database" in problem["detail"]
+        assert guest.call("GET", "/collections").status_code == 200
