@@ -52,13 +52,6 @@ def test_index_and_decoder_know_no_torch(module: str) -> None:
     assert not {name for name in names if name.split(".")[0] in ("torch", "open_clip", "backbone")}
 
 
-def test_the_adapter_is_never_state_of_the_model() -> None:
-    for path in (ROOT / "backbone").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert not node.name.startswith(("set_adapter", "load_adapter", "enable_adapter")), path
-
-
 def test_routes_and_schemas_are_the_only_users_of_pydantic_models() -> None:
     allowed = {"service/settings.py", "service/http", "service/videos/captions.py", "service/cli/mistakes.py"}
     for path in (ROOT / "service").rglob("*.py"):

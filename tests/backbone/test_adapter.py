@@ -1,5 +1,7 @@
 """The Cross-Modal Adapter against a loop-by-loop reference of its equations, and mixed batches against one by one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -154,12 +156,27 @@ def test_a_mixed_batch_equals_one_by_one(backbone: Backbone, popularity: str, si
         torch.testing.assert_close(backbone.encode_frames(frames, rows), images, atol=1e-4, rtol=1e-4)
 
 
-def test_a_call_leaves_nothing_behind(backbone: Backbone) -> None:
-    tokens = backbone.tokenize(["a red ball"]).ids
-    before, fingerprint = backbone.encode_text(tokens), backbone._fingerprint()
-    backbone.encode_text(tokens, zoo(backbone, 1)[0])
-    torch.testing.assert_close(backbone.encode_text(tokens), before, atol=0, rtol=0)
-    assert backbone._fingerprint() == fingerprint == backbone.fingerprint
+def test_the_adapter_is_never_state_of_the_model(backbone: Backbone) -> None:
+    """In any order and from threads at once, every call gives what a model fresh from its file gives with that adapter."""
+    tokens, pixels = backbone.tokenize(["a red ball"]).ids, torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)
+    adapters = [adapter for adapter in zoo(backbone, 6) if adapter is None or (adapter.text and adapter.visual)]
+    assert None in adapters and len(adapters) == 4
+
+    def vectors(of: Backbone, adapter: Adapter | None) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([of.encode_text(tokens, adapter), of.encode_frames(pixels, adapter)])
+
+    expected = [vectors(load_backbone("builtin"), adapter) for adapter in adapters]
+    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(expected) for b in expected[:i]), "each changes the vectors"
+    fingerprint, attributes = backbone._fingerprint(), set(vars(backbone))
+    parts = {name: set(vars(part)) for name, part in backbone._model.named_modules()}
+    order = np.random.default_rng(0).integers(0, len(adapters), 60).tolist()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda which: vectors(backbone, adapters[which]), order))
+    for which, rows in zip(order, found, strict=True):
+        torch.testing.assert_close(rows, expected[which], atol=1e-5, rtol=1e-5)
+    assert backbone._fingerprint() == fingerprint == backbone.fingerprint and set(vars(backbone)) == attributes
+    assert {name: set(vars(part)) for name, part in backbone._model.named_modules()} == parts
 
 
 def test_as_many_adapters_as_rows(backbone: Backbone) -> None:
