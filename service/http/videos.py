@@ -25,10 +25,11 @@ from service.http.auth import (
 from service.http.collections import listing
 from service.http.schemas import MAX_METADATA, Captions, VideoOut
 from service.http.search import media_urls
-from service.http.uploads import InvalidUpload, Upload
+from service.http.uploads import FileTooLarge, InvalidUpload, Upload
 from service.jobs.task_rows import Task
 from service.storage import collection_rows, idempotency, tenant_rows
 from service.storage.blobs import video_key
+from service.storage.rows import QuotaExceeded
 from service.storage.tables import new_id
 from service.storage.tenant_rows import Tenant
 from service.upkeep import delete as cleanup
@@ -71,8 +72,14 @@ async def upload(
     lacks are added, metadata replaces its own, and `updated` says which of the two have changed.
     """
     await to_thread.run_sync(_check_before, services, tenant, name)
-    limit = services.storage.settings.max_video_bytes
-    received = await uploads.receive(request, services.storage.settings.scratch, limit, ("metadata", "captions"))
+    settings, quota = services.storage.settings, tenant.quotas.get("max_bytes")
+    limit = settings.max_video_bytes if quota is None else min(settings.max_video_bytes, quota)
+    try:
+        received = await uploads.receive(request, settings.scratch, limit, ("metadata", "captions"))
+    except FileTooLarge as error:
+        if limit == settings.max_video_bytes:
+            raise
+        raise QuotaExceeded(f"the tenant may have {quota} bytes: this file alone has more") from error
     try:
         return await to_thread.run_sync(_store, services, tenant, name, received, key)
     finally:

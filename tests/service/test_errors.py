@@ -10,6 +10,7 @@ import pytest
 from serving import ROOT, Tenant, clip, new_tenant
 from structlog.testing import capture_logs
 
+from service.http import uploads
 from service.http.paging import encode
 from service.storage.keys import sign
 
@@ -473,7 +474,14 @@ def test_a_quota_is_kept(client: Any) -> None:
 
 def test_a_quota_of_bytes_is_kept(client: Any) -> None:
     tenant = new_tenant(client, {"max_bytes": 100})
-    check_problem(tenant.upload(tenant.collection(), clip()), 403, "quota_exceeded")
+    collection = tenant.collection()
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = uploads._File.take
+        patch.setattr(uploads._File, "take", lambda file, data: taken.append(len(data)) or whole(file, data))
+        answer = tenant.upload(collection, clip() + bytes(10_000_000))
+    check_problem(answer, 403, "quota_exceeded")
+    assert sum(taken) < 1_000_000, "it is refused while the bytes come, not after the last of them"
 
 
 # Media
