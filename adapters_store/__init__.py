@@ -14,9 +14,10 @@ from adapters_store.artifact import (
     unpack,
     write,
 )
+from adapters_store.lease import Counters, Lease, LeaseTimeout, slots_of
 from adapters_store.official import from_official, official_file, read_state, to_official
 from adapters_store.pins import PinsExhausted
-from adapters_store.residency import Counters, Lease, LeaseTimeout, Residency, slots_of
+from adapters_store.residency import Residency
 
 __all__ = [
     "AdapterMismatch",

@@ -1,10 +1,10 @@
-"""Where adapters live: slots of the device's stack, host memory, blobs; fetched by digest, checked, counted while in use.
+"""Which adapters are on the device: each is fetched by its digest, checked, and kept in a slot while it is leased.
 
-A caller leases an adapter for as long as its rows are in flight. A leased slot is never written; of the others the least
-recently used goes first. Loads run on threads of their own, one for each digest however many ask. What finds no slot waits
-in the order in which it became ready, and is not overtaken for good: for each adapter that waits, the least recently asked
-of those in use is closed to new leases (they queue like everyone else) and gives up its slot when its last lease ends.
-A row holds one lease, so more rows than slots wait, and never for each other.
+A caller leases an adapter while its rows are encoded. A leased slot is never written; of the others the least recently used
+one is taken first. Each digest is loaded once, however many ask for it, on threads of their own. Loaded adapters for which no
+slot is free wait in line. For each of them one adapter in use, the least recently leased, is closed: new leases of it wait in
+line as well, and its slot is free when its last lease is released. So no adapter waits for ever. A row holds one lease only,
+so rows never wait for each other.
 """
 
 from __future__ import annotations
@@ -13,82 +13,29 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from types import TracebackType
 
 import torch
 
 from adapters_store.artifact import AdapterMismatch, Artifact, DamagedAdapter, InvalidAdapter, unpack
+from adapters_store.lease import Counters, Entry, Lease, LeaseTimeout
 from adapters_store.pins import Pins
-from backbone import Adapter, Adapters, AdapterStack, FlatAdapter, Slots, TowerDims, threads
+from backbone import Adapter, AdapterStack, FlatAdapter, TowerDims, threads
 from backbone.stack import rank_of
 
 LOADERS = 8
 Fetch = Callable[[], bytes]
 
 
-class LeaseTimeout(TimeoutError):
-    """No slot became free, or the adapter was not loaded, within the time that the caller had."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the start: leases served at once, adapters brought to the device from host memory and from blobs, slots taken from
-    one adapter for another, failed loads, seconds that leases waited."""
-
-    hits: int = 0
-    host_loads: int = 0
-    blob_loads: int = 0
-    evictions: int = 0
-    failures: int = 0
-    waited_seconds: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """An adapter on its way to the device, or there."""
-
-    digest: str
-    held: FlatAdapter | Adapter | None = None  # until it is there
-    slot: int | None = None
-    users: int = 0
-    closed: bool = False  # gives up its slot after its last lease; in no table any more
-    waiting: list[tuple[Future[Lease], float]] = field(default_factory=list)  # with the time of asking
-
-
-class Lease:
-    """The right to use an adapter, until `release` or the end of `with`: in `slot` of the stack, or, too large for it, as
-    `adapter`. Whoever loses one unreleased loses the slot.
-    """
-
-    def __init__(self, residency: Residency, entry: _Entry, adapter: Adapter | None = None) -> None:
-        self._residency, self._entry, self._over = residency, entry, False
-        self.digest, self.slot, self.adapter = entry.digest, entry.slot, adapter
-
-    @property
-    def stack(self) -> AdapterStack:
-        return self._residency.stack
-
-    def release(self) -> None:
-        """Only when the batch is done: its results on the host, or its work given to CUDA's default stream. Twice is once."""
-        self._residency._release(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
-
-
 class Residency:
-    """The adapters of one backbone, for use from many threads. `capacity` adapters can be leased at a time.
+    """The adapters of one backbone; safe to use from several threads. `capacity` adapters can be leased at a time.
 
     `stack_bytes` of the device are taken at once, for adapters of up to `rank` in `dtype`; larger ones are leased without a
-    slot, as an `Adapter`, and live in host memory. `host_bytes` bound what is kept there (of what is in the stack too, so
-    that to evict copies nothing). `pin_share` of the slots, 0 to 1, are what one owner may keep by pins.
+    slot, as an `Adapter`, and stay in host memory. `host_bytes` bound what is kept there, copies of what is in the stack among
+    it, so that nothing is copied back when a slot is taken. One owner may pin `pin_share` (0 to 1) of the slots.
     """
 
     def __init__(
@@ -108,12 +55,12 @@ class Residency:
         self.capacity = slots - 1
         self._fingerprint, self._host_budget = fingerprint, host_bytes
         self._lock = threading.Lock()
-        self._entries: dict[str, _Entry] = {}  # loading or resident, and open to leases
-        self._resident: OrderedDict[str, _Entry] = OrderedDict()  # of those, the ones in a slot; last leased, last
+        self._entries: dict[str, Entry] = {}  # loading or resident, and open to leases
+        self._resident: OrderedDict[str, Entry] = OrderedDict()  # of those, the ones in a slot; last leased, last
         self._host: OrderedDict[str, FlatAdapter | Adapter] = OrderedDict()
         self._host_bytes = 0
         self._free = list(range(1, slots))
-        self._queue: deque[_Entry] = deque()  # loaded, wanting a slot
+        self._queue: deque[Entry] = deque()  # loaded, wanting a slot
         self._closing = 0  # entries in use that will give up their slot
         self._pins = Pins(self.capacity, pin_share)
         self._closed = False
@@ -125,8 +72,8 @@ class Residency:
         """A lease of the adapter of this digest, waited for; `fetch` reads its file where it is not in memory.
 
         Raises DamagedAdapter if the file is not what the digest names, AdapterMismatch if it is for another backbone, what
-        `fetch` raises, and LeaseTimeout after `timeout` seconds. Who holds one lease and waits for another without a timeout
-        may wait forever.
+        `fetch` raises, and LeaseTimeout after `timeout` seconds. A caller that holds a lease and asks for another one gives a
+        timeout: the two may wait for each other.
         """
         future = self.request(digest, fetch)
         try:
@@ -137,7 +84,7 @@ class Residency:
             return future.result()  # granted in this very moment, or the load's own error
 
     def request(self, digest: str, fetch: Fetch) -> Future[Lease]:
-        """`lease` without waiting. A future that `cancel` cannot stop any more has a lease, which is to be released."""
+        """`lease` without waiting. Where `cancel` of the future returns False, it has a lease that must be released."""
         future: Future[Lease] = Future()
         with self._lock:
             entry = self._open(digest, fetch, [(future, time.monotonic())])
@@ -204,10 +151,10 @@ class Residency:
             for future, _ in entry.waiting:
                 future.cancel()
 
-    # The lock is held in the five functions that follow.
+    # Called with the lock held:
 
-    def _open(self, digest: str, fetch: Fetch, waiting: list[tuple[Future[Lease], float]]) -> _Entry:
-        """The entry of a digest with these added to who waits for it; its load is begun if it is new."""
+    def _open(self, digest: str, fetch: Fetch, waiting: list[tuple[Future[Lease], float]]) -> Entry:
+        """The entry of a digest, with `waiting` added to its own; a new entry is loaded, or takes its place in the line."""
         if self._closed:
             raise RuntimeError("the residency is closed")
         if digest in self._host:
@@ -217,7 +164,7 @@ class Residency:
         if (entry := self._entries.get(digest)) is not None:
             entry.waiting += waiting
             return entry
-        entry = _Entry(digest, self._host.get(digest), waiting=waiting)
+        entry = Entry(digest, self._host.get(digest), waiting=waiting)
         if isinstance(entry.held, Adapter):
             self._counters.hits += len(waiting)
             return entry
@@ -230,8 +177,8 @@ class Residency:
             self._place()
         return entry
 
-    def _granted(self, entry: _Entry) -> list[Future[Lease]]:
-        """Those who waited for an adapter that can be used now, counted as its users; `_settle` tells them."""
+    def _granted(self, entry: Entry) -> list[Future[Lease]]:
+        """If the adapter can be used now: the futures that waited for it, counted as its users. `_settle` gives them leases."""
         if self._resident.get(entry.digest) is not entry and not isinstance(entry.held, Adapter):
             return []
         granted = [future for future, _ in entry.waiting if future.set_running_or_notify_cancel()]
@@ -242,14 +189,14 @@ class Residency:
         return granted
 
     def _place(self) -> None:
-        """Gives slots to loaded adapters, in order, as far as there are any; closes as many in use as adapters still wait."""
+        """Gives the free slots to the adapters first in the line. For each that still waits then, closes one in use."""
         while self._queue and not self._closed:
             entry = self._queue[0]
             slot = self._vacant()
             if slot is None and not all(future.cancelled() for future, _ in entry.waiting):
                 break
             self._queue.popleft()
-            if slot is None:  # nobody waits for it: it stays in host memory
+            if slot is None:  # all its leases were cancelled: it stays in host memory
                 del self._entries[entry.digest]
             else:
                 entry.slot = slot
@@ -261,7 +208,7 @@ class Residency:
             self._closing += 1
 
     def _vacant(self) -> int | None:
-        """A slot that is free now, or of the least recently leased adapter that nobody uses or pins; None if there is none."""
+        """A free slot, or that of the least recently leased adapter without lease and pin; None if there is neither."""
         if self._free:
             return self._free.pop()
         idle = next((e for e in self._resident.values() if not e.users and e.digest not in self._pins.digests), None)
@@ -269,7 +216,7 @@ class Residency:
             self._leave(idle)
         return None if idle is None else idle.slot
 
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, entry: Entry) -> None:
         del self._resident[entry.digest], self._entries[entry.digest]
         self._counters.evictions += 1
 
@@ -279,9 +226,9 @@ class Residency:
         while self._host_bytes > self._host_budget:
             self._host_bytes -= _nbytes(self._host.popitem(last=False)[1])
 
-    # It is not held in those that follow.
+    # Called without it:
 
-    def _load(self, entry: _Entry, fetch: Fetch) -> None:
+    def _load(self, entry: Entry, fetch: Fetch) -> None:
         try:
             artifact = _checked(fetch(), entry.digest)
             if artifact.backbone == self._fingerprint and artifact.shape.dims != self.stack.dims:
@@ -304,7 +251,7 @@ class Residency:
             granted = self._granted(entry)
         self._settle(entry, granted)
 
-    def _write(self, entry: _Entry) -> None:
+    def _write(self, entry: Entry) -> None:
         try:
             assert entry.slot is not None and isinstance(entry.held, FlatAdapter)
             self.stack.write(entry.slot, entry.held)
@@ -318,7 +265,7 @@ class Residency:
             self._place()
         self._settle(entry, granted)
 
-    def _fail(self, entry: _Entry, error: BaseException) -> None:
+    def _fail(self, entry: Entry, error: BaseException) -> None:
         with self._lock:
             self._counters.failures += 1
             del self._entries[entry.digest]
@@ -329,21 +276,21 @@ class Residency:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
-    def _settle(self, entry: _Entry, granted: list[Future[Lease]]) -> None:
+    def _settle(self, entry: Entry, granted: list[Future[Lease]]) -> None:
         for future in granted:
             try:
                 adapter = entry.held.to(self.stack.device) if isinstance(entry.held, Adapter) else None
             except BaseException as error:  # the device is full
                 future.set_exception(error)
             else:
-                future.set_result(Lease(self, entry, adapter))
+                future.set_result(Lease(entry, self.stack, self._release, adapter))
 
     def _release(self, lease: Lease) -> None:
-        entry = lease._entry
+        entry = lease.entry
         with self._lock:
-            if lease._over:
+            if lease.released:
                 return
-            lease._over = True
+            lease.released = True
             entry.users -= 1
             if entry.slot is None:
                 return
@@ -354,21 +301,6 @@ class Residency:
                 self._free.append(entry.slot)
             if not entry.users:
                 self._place()
-
-
-def slots_of(leases: Sequence[Lease | None]) -> Adapters:
-    """The leased adapters of a batch's rows as an argument of `encode_text` and `encode_frames`; None: the frozen backbone.
-
-    Slots of the stack; where one has none, being too large, a plain sequence of adapters, slower for all of the batch.
-    """
-    held = [lease for lease in leases if lease is not None]
-    if not held:
-        return None
-    stack = held[0].stack
-    if all(lease.adapter is None for lease in held):
-        return Slots(stack, torch.tensor([0 if lease is None else lease.slot or 0 for lease in leases]))
-    distinct = {lease.digest: lease.adapter or stack.adapter(lease.slot or 0) for lease in held}
-    return [None if lease is None else distinct[lease.digest] for lease in leases]
 
 
 def _checked(data: bytes, digest: str) -> Artifact:
