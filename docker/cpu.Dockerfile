@@ -10,6 +10,7 @@ COPY adapters_store adapters_store
 COPY indexer indexer
 COPY training training
 COPY service service
+COPY demo demo
 RUN pip install --no-cache-dir --constraint constraints.txt ".[cpu,postgres]"
 
 USER polyclip

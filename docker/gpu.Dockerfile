@@ -11,6 +11,7 @@ COPY adapters_store adapters_store
 COPY indexer indexer
 COPY training training
 COPY service service
+COPY demo demo
 # faiss-gpu and faiss-cpu both provide the module faiss: exactly one of them may be installed.
 RUN grep -v '^faiss-cpu' constraints.txt > constraints-gpu.txt \
  && pip install --no-cache-dir --constraint constraints-gpu.txt ".[gpu,postgres]"
