@@ -53,7 +53,13 @@ def test_index_and_decoder_know_no_torch(module: str) -> None:
 
 
 def test_routes_and_schemas_are_the_only_users_of_pydantic_models() -> None:
-    allowed = {"service/settings.py", "service/http", "service/videos/captions.py", "service/cli/mistakes.py"}
+    allowed = {
+        "service/settings.py",
+        "service/http",
+        "service/videos/captions.py",
+        "service/upkeep/archive_json.py",
+        "service/cli/mistakes.py",
+    }
     for path in (ROOT / "service").rglob("*.py"):
         name = path.relative_to(ROOT).as_posix()
         if not any(name.startswith(prefix) for prefix in allowed):

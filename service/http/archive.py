@@ -74,15 +74,7 @@ def _queue(
     with database.read() as connection:
         if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
             return earlier  # type: ignore[no-any-return]
-    name = import_collection.look(
-        services.storage,
-        services.encoder,
-        services.decoders,
-        tenant,
-        received.path,
-        wish["collection"],
-        wish["re_embed"],
-    )
+    name = import_collection.look(services.storage, tenant, received.path, wish["collection"], wish["re_embed"])
     stored = archive_key(new_id("arc"))
     task: Task | None = None
 

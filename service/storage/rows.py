@@ -15,6 +15,7 @@ from service.storage.database import check_text
 
 PART = 10_000
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+ALL = 1 << 31  # rows of a page that holds everything
 DEPTH = 32  # of JSON that comes back with every hit
 
 

@@ -1,4 +1,4 @@
-"""Rows as `fsck` compares them with each other and with the blobs, and as it mends them. It looks at every tenant in turn."""
+"""Rows as `fsck` compares them with each other and with the blobs, and as it repairs them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,33 @@ from typing import Any
 from sqlalchemy import Connection, and_, delete, insert, or_, select
 
 from service.jobs.task_rows import OPEN, add_task
-from service.storage.collection_rows import Collection, lock_collection
+from service.storage.collection_rows import lock_collection
 from service.storage.generation_rows import generations_of
-from service.storage.rows import record
-from service.storage.tables import adapters, captions, collections, generations, segments, tasks, tenants, videos
-from service.storage.tenant_rows import Tenant
+from service.storage.tables import adapters, captions, collections, generations, segments, tasks, videos
 from service.videos.video_rows import lock_video, set_video, videos_by_id
 
-
-def living_tenants(connection: Connection) -> list[Tenant]:
-    rows = connection.execute(select(tenants).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.id)).mappings()
-    return [record(Tenant, row) for row in rows]
+_without_video = captions.c.video_id.not_in(select(videos.c.id))
 
 
-def living_collections(connection: Connection, tenant: str) -> list[Collection]:
-    mine = and_(collections.c.tenant_id == tenant, collections.c.deleted_at.is_(None))
-    rows = connection.execute(select(collections).where(mine).order_by(collections.c.id)).mappings()
-    return [record(Collection, row) for row in rows]
+def damage(connection: Connection) -> list[str]:
+    """What SQLite finds wrong with its file, or else tables with rows that name a row which is not there.
 
-
-def broken_pages(connection: Connection) -> list[str]:
-    """What SQLite itself finds wrong with its file; other databases see to themselves."""
+    Other databases look after their own files.
+    """
     if connection.dialect.name != "sqlite":
         return []
-    return [line for (line,) in connection.exec_driver_sql("PRAGMA integrity_check") if line != "ok"]
-
-
-def dangling_rows(connection: Connection) -> list[str]:
-    """Tables with rows that name a row which is not there; PostgreSQL has none."""
-    if connection.dialect.name != "sqlite":
-        return []
-    found = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-    return sorted({f"{table} without {parent}" for table, _, parent, _ in found if table != "captions"})
+    pages = [line for (line,) in connection.exec_driver_sql("PRAGMA integrity_check") if line != "ok"]
+    keys = connection.exec_driver_sql("PRAGMA foreign_key_check") if not pages else ()
+    return pages or sorted({f"{table} without {parent}" for table, _, parent, _ in keys if table != "captions"})
 
 
 def captions_of_nothing(connection: Connection) -> list[str]:
     """Ids that captions name and no video has."""
-    known = select(videos.c.id)
-    return list(connection.scalars(select(captions.c.video_id).where(captions.c.video_id.not_in(known)).distinct()))
+    return list(connection.scalars(select(captions.c.video_id).where(_without_video).distinct()))
 
 
 def drop_captions_of_nothing(connection: Connection, video: str) -> None:
-    known = select(videos.c.id)
-    connection.execute(delete(captions).where(captions.c.video_id == video, captions.c.video_id.not_in(known)))
+    connection.execute(delete(captions).where(captions.c.video_id == video, _without_video))
 
 
 def stray_vectors(connection: Connection) -> list[tuple[str, str, str, str]]:
@@ -81,13 +65,12 @@ def replace_vectors(
     if rows and video not in videos_by_id(connection, tenant, [video]):
         return
     connection.execute(delete(segments).where(segments.c.vector_set == vector_set, segments.c.video_id == video))
-    connection.execute(insert(segments).values(vector_set=vector_set, video_id=video, ordinal=-1))
-    for row in rows:
+    for row in ({"ordinal": -1}, *rows):
         connection.execute(insert(segments).values(vector_set=vector_set, video_id=video, **row))
 
 
 def copies_of_adapter(connection: Connection, digest: str) -> list[str]:
-    """Collections, whosesoever they are, that have published these very bytes."""
+    """Collections of any tenant that have published these very bytes."""
     return list(connection.scalars(select(adapters.c.collection_id).where(adapters.c.digest == digest)))
 
 

@@ -19,15 +19,16 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import backbone
+from service.adapters import adapter_rows
 from service.app import create_app
 from service.cli.main import app
 from service.jobs import task_rows
 from service.jobs.run import Shift
 from service.settings import Settings
-from service.storage import tenant_rows
+from service.storage import collection_rows, tenant_rows
 from service.storage.blobs import frames_key, thumbnail_key, video_key
 from service.storage.rows import AlreadyExists, InvalidName, NotFound, QuotaExceeded
-from service.upkeep import archive_rows, check_rows, delete, export_collection, import_collection
+from service.upkeep import archive_rows, delete, export_collection, import_collection
 from service.upkeep.archive import Archive, InvalidArchive, Writer
 from service.upkeep.import_collection import ArchiveOfOtherBackbone
 from service.videos import index
@@ -144,9 +145,9 @@ def test_a_collection_comes_back_from_another_house_as_it_went(
 def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house: House, other: House, archive: Path) -> None:
     done = taken(other, archive, "adapters")
     with house.storage.database.read() as connection:
-        here = archive_rows.adapters_of(connection, house.tenant.id, house.collection("films").id)
+        here = adapter_rows.adapters_of(connection, house.tenant.id, house.collection("films").id)
     with other.storage.database.read() as connection:
-        there = archive_rows.adapters_of(connection, other.tenant.id, done.collection_id)
+        there = adapter_rows.adapters_of(connection, other.tenant.id, done.collection_id)
     facts = ("version", "digest", "created_at")
     assert [[getattr(v, f) for f in facts] for v in there] == [[getattr(v, f) for f in facts] for v in here]
     videos = other.videos("adapters")
@@ -160,7 +161,7 @@ def test_the_vectors_of_retired_generations_come_along_if_asked_for(house: House
     taken(other, exported(house, tmp_path / "all.tar", every_generation=True), "all")
     collection = other.collection("all")
     with other.storage.database.read() as connection:
-        first, _ = archive_rows.adapters_of(connection, other.tenant.id, collection.id)
+        first, _ = adapter_rows.adapters_of(connection, other.tenant.id, collection.id)
     assert other.activate(collection, first.id) == 0
     assert other.activate(collection, None) == 0
 
@@ -308,7 +309,7 @@ def test_an_import_that_dies_is_seen_by_nobody_and_swept_away(
 
 def names(house: House) -> list[str]:
     with house.storage.database.read() as connection:
-        return [collection.name for collection in check_rows.living_collections(connection, house.tenant.id)]
+        return [collection.name for collection in collection_rows.list_collections(connection, house.tenant.id, 100, None).rows]
 
 
 # --- hostile files

@@ -24,7 +24,7 @@ from service.storage import collection_rows
 from service.storage.blobs import adapter_key, frames_key, thumbnail_key, video_key
 from service.storage.collection_rows import Collection
 from service.storage.tables import captions, collections, generations, segments, tasks
-from service.upkeep import archive_rows, delete
+from service.upkeep import delete
 from service.upkeep.fsck import Finding, Fsck
 from service.videos import index, video_rows
 from service.videos.video_rows import Video
@@ -188,7 +188,7 @@ def test_a_video_that_was_imported_without_its_file_is_sound(house: House, films
 
 def test_an_adapter_comes_back_from_a_copy_or_is_told(house: House, films: Collection) -> None:
     with house.storage.database.read() as connection:
-        (version,) = archive_rows.adapters_of(connection, house.tenant.id, films.id)
+        (version,) = adapter_rows.adapters_of(connection, house.tenant.id, films.id)
     key = adapter_key(films.id, version.digest)
     data = house.storage.blobs.get(key)
     house.storage.blobs.put(key, data[:-4] + bytes(4))
