@@ -527,7 +527,7 @@ def test_an_archive_that_is_whole_but_false_leaves_nothing_behind(
 
 def test_a_name_from_an_archive_is_only_a_label(other: House, archive: Path, tmp_path: Path) -> None:
     contents = members(archive)
-    in_json("video.json", filename="../../etc/pass\x00wd")(contents)
+    in_json("video.json", filename="../../etc/pass\x07wd")(contents)
     taken(other, sealed(tmp_path / "named.tar", contents), "named")
     assert "passwd" in other.videos("named")
 
