@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.adapters.encoder import Encoder
-from service.http import adapters, admin, archive, collections, health, media, problems, search, tasks, videos
+from service.http import adapters, admin, archive, collections, document, health, media, problems, search, tasks, videos
 from service.http.auth import Services
 from service.http.metrics import Inside
 from service.http.middleware import Head, Metrics, Observe
@@ -49,7 +49,13 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
         decoders.close()
         storage.close()
 
-    app = FastAPIOffline(title="polyclip", version=version("polyclip"), description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPIOffline(
+        title="polyclip",
+        version=version("polyclip"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        generate_unique_id_function=document.operation_id,
+    )
     app.state.metrics = Metrics()
     app.state.draining = threading.Event()  # set when the process is told to end: streams of events end then
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
@@ -57,4 +63,5 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     problems.install(app)
     for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)
+    document.install(app)
     return app

@@ -13,7 +13,8 @@ import adapters_store
 from service.adapters import adapter_rows
 from service.adapters import train as learning
 from service.adapters.adapter_rows import AdapterVersion
-from service.http import paging, uploads
+from service.http import document, paging, uploads
+from service.http.answers import AdapterDetail, AdapterImportOut, AdapterPage, QueuedOut
 from service.http.auth import PROBLEMS, CanAdmin, CanSearch, IdempotencyKey, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
 from service.http.schemas import ActivateRequest, EvaluateRequest, TrainRequest
@@ -29,7 +30,7 @@ from service.upkeep import delete as cleanup
 router = APIRouter(route_class=KeyFirst, tags=["adapters"], responses=PROBLEMS)
 
 
-@router.post("/admin/collections/{name}/adapters", status_code=202)
+@router.post("/admin/collections/{name}/adapters", name="train_adapter", status_code=202, response_model=QueuedOut)
 def train(
     name: str, tenant: CanAdmin, services: InServices, body: TrainRequest | None = None, key: IdempotencyKey = None
 ) -> dict[str, Any]:
@@ -46,7 +47,13 @@ def train(
     return _queue(services, tenant, name, key, ["train", body.model_dump()], add)
 
 
-@router.post("/admin/collections/{name}/adapters/import", status_code=202)
+@router.post(
+    "/admin/collections/{name}/adapters/import",
+    name="import_adapter",
+    status_code=202,
+    response_model=AdapterImportOut,
+    openapi_extra=document.form("an adapter, safetensors"),
+)
 async def import_adapter(name: str, request: Request, tenant: CanAdmin, services: InServices) -> dict[str, Any]:
     """Publishes an adapter file (multipart part `file`, safetensors) as the collection's next version."""
     settings = services.storage.settings
@@ -69,7 +76,7 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, services
         received.path.unlink(missing_ok=True)
 
 
-@router.post("/admin/collections/{name}/activate", status_code=202)
+@router.post("/admin/collections/{name}/activate", name="activate_adapter", status_code=202, response_model=QueuedOut)
 def activate(
     name: str, body: ActivateRequest, tenant: CanAdmin, services: InServices, key: IdempotencyKey = None
 ) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def activate(
     return _queue(services, tenant, name, key, ["activate", body.model_dump()], add)
 
 
-@router.post("/admin/collections/{name}/evaluate", status_code=202)
+@router.post("/admin/collections/{name}/evaluate", name="evaluate_collection", status_code=202, response_model=QueuedOut)
 def evaluate(name: str, tenant: CanAdmin, services: InServices, body: EvaluateRequest | None = None) -> dict[str, Any]:
     """Recall of the collection's own captions, as its searches stand now."""
     body = body or EvaluateRequest()
@@ -94,7 +101,7 @@ def evaluate(name: str, tenant: CanAdmin, services: InServices, body: EvaluateRe
     return _queue(services, tenant, name, None, ["evaluate"], add)
 
 
-@router.get("/collections/{name}/adapters")
+@router.get("/collections/{name}/adapters", name="list_adapters", response_model=AdapterPage)
 def list_all(
     name: str,
     tenant: CanSearch,
@@ -110,7 +117,7 @@ def list_all(
         return listing([_summary(services, row, active) for row in page.rows], page)
 
 
-@router.get("/collections/{name}/adapters/{adapter_id}")
+@router.get("/collections/{name}/adapters/{adapter_id}", name="get_adapter", response_model=AdapterDetail)
 def get(name: str, adapter_id: str, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Manifest, metrics and loss curve."""
     with services.storage.database.read() as connection:
@@ -120,7 +127,12 @@ def get(name: str, adapter_id: str, tenant: CanSearch, services: InServices) -> 
     return {**_summary(services, version, active), "manifest": dict(version.manifest)}
 
 
-@router.get("/collections/{name}/adapters/{adapter_id}/weights")
+@router.get(
+    "/collections/{name}/adapters/{adapter_id}/weights",
+    name="download_adapter",
+    response_class=Response,
+    responses=document.download("application/octet-stream"),
+)
 def weights(name: str, adapter_id: str, tenant: CanSearch, services: InServices) -> Response:
     """The safetensors file."""
     with services.storage.database.read() as connection:
@@ -131,7 +143,7 @@ def weights(name: str, adapter_id: str, tenant: CanSearch, services: InServices)
     return Response(data, media_type="application/octet-stream", headers={"Content-Disposition": disposition})
 
 
-@router.delete("/collections/{name}/adapters/{adapter_id}", status_code=204)
+@router.delete("/collections/{name}/adapters/{adapter_id}", name="delete_adapter", status_code=204)
 def delete(name: str, adapter_id: str, tenant: CanAdmin, services: InServices) -> Response:
     """The adapter is gone at once, its file and vectors follow in the background. Not the one that searches use."""
     with services.storage.database.write() as connection:

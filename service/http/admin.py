@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy import Connection
 
 from service.http import paging
+from service.http.answers import KeyPage, NewKeyOut, TenantOut, TenantPage, UsageOut
 from service.http.auth import PROBLEMS, Anyone, InServices, KeyFirst
 from service.http.collections import PageLimit, listing
 from service.http.schemas import NewKey, NewTenant
@@ -21,7 +22,7 @@ from service.upkeep import delete as cleanup
 router = APIRouter(route_class=KeyFirst, prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
 
 
-@router.post("", status_code=201)
+@router.post("", name="create_tenant", status_code=201, response_model=TenantOut)
 def create(body: NewTenant, who: Anyone, services: InServices) -> dict[str, Any]:
     """A new tenant (operator's key)."""
     keys.check_role(who, "root")
@@ -30,7 +31,7 @@ def create(body: NewTenant, who: Anyone, services: InServices) -> dict[str, Any]
     return _tenant_shown(tenant)
 
 
-@router.get("")
+@router.get("", name="list_tenants", response_model=TenantPage)
 def list_all(who: Anyone, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None) -> dict[str, Any]:
     """The tenants, newest first (operator's key)."""
     keys.check_role(who, "root")
@@ -39,7 +40,7 @@ def list_all(who: Anyone, services: InServices, page_limit: PageLimit = 10, page
     return listing([_tenant_shown(tenant) for tenant in page.rows], page)
 
 
-@router.delete("/{name}", status_code=204)
+@router.delete("/{name}", name="delete_tenant", status_code=204)
 def delete(name: str, who: Anyone, services: InServices) -> Response:
     """The tenant's keys stop working at once; all that it has follows in the background (operator's key)."""
     keys.check_role(who, "root")
@@ -49,7 +50,7 @@ def delete(name: str, who: Anyone, services: InServices) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/{name}/keys", status_code=201)
+@router.post("/{name}/keys", name="create_key", status_code=201, response_model=NewKeyOut)
 def add_key(name: str, body: NewKey, who: Anyone, services: InServices) -> dict[str, Any]:
     """A new API key; the only time that it is shown."""
     with services.storage.database.write() as connection:
@@ -57,7 +58,7 @@ def add_key(name: str, body: NewKey, who: Anyone, services: InServices) -> dict[
     return {**_show(record), "key": key}
 
 
-@router.get("/{name}/keys")
+@router.get("/{name}/keys", name="list_keys", response_model=KeyPage)
 def list_keys(name: str, who: Anyone, services: InServices) -> dict[str, Any]:
     """The tenant's keys, without their secrets."""
     with services.storage.database.read() as connection:
@@ -65,7 +66,7 @@ def list_keys(name: str, who: Anyone, services: InServices) -> dict[str, Any]:
     return {"data": found, "page_info": {"next_page_token": None, "total_results": len(found)}}
 
 
-@router.delete("/{name}/keys/{key_id}", status_code=204)
+@router.delete("/{name}/keys/{key_id}", name="revoke_key", status_code=204)
 def revoke(name: str, key_id: str, who: Anyone, services: InServices) -> Response:
     """The key stops working at once."""
     with services.storage.database.write() as connection:
@@ -73,7 +74,7 @@ def revoke(name: str, key_id: str, who: Anyone, services: InServices) -> Respons
     return Response(status_code=204)
 
 
-@router.get("/{name}/usage")
+@router.get("/{name}/usage", name="get_usage", response_model=UsageOut)
 def usage(name: str, who: Anyone, services: InServices) -> dict[str, Any]:
     """What counts against the tenant's quotas."""
     with services.storage.database.read() as connection:

@@ -8,7 +8,8 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import StreamingResponse
 
-from service.http import uploads
+from service.http import document, uploads
+from service.http.answers import CollectionImportOut
 from service.http.auth import PROBLEMS, CanAdmin, IdempotencyKey, InServices, KeyFirst, Services
 from service.http.middleware import BodyTooLarge
 from service.http.uploads import FileTooLarge, Upload
@@ -20,16 +21,15 @@ from service.storage.tables import new_id
 from service.upkeep import export_collection, import_collection
 
 router = APIRouter(route_class=KeyFirst, prefix="/admin/collections", tags=["archives"], responses=PROBLEMS)
-FILE = {"file": {"type": "string", "format": "binary", "description": "an archive that an export gave"}}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": FILE}}},
-    }
-}
+_TAR, _BODY = document.download("application/x-tar"), document.form("an archive that an export gave")
 
 
-@router.get("/{name}/export", response_class=StreamingResponse)
+@router.get(
+    "/{name}/export",
+    name="export_collection",
+    response_class=StreamingResponse,
+    responses=_TAR,
+)
 def export(
     name: str,
     tenant: CanAdmin,
@@ -43,7 +43,13 @@ def export(
     return StreamingResponse(out.chunks(), media_type="application/x-tar", headers=headers)
 
 
-@router.post("/import", status_code=202, openapi_extra=_BODY)
+@router.post(
+    "/import",
+    name="import_collection",
+    status_code=202,
+    response_model=CollectionImportOut,
+    openapi_extra=_BODY,
+)
 async def import_archive(
     request: Request,
     tenant: CanAdmin,

@@ -15,7 +15,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from sqlalchemy import Connection
 
 from service.adapters.encoder import Encoder
-from service.http.schemas import Problem
+from service.http.answers import Problem
 from service.jobs.queue import Jobs
 from service.search.query import Searcher
 from service.storage import collection_rows, keys

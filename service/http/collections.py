@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
 
 from service.http import paging
+from service.http.answers import CollectionOut, CollectionPage, GenerationPage
 from service.http.auth import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InServices, KeyFirst, collection_of
 from service.http.schemas import ChangedCollection, NewCollection
 from service.settings import settings_json
@@ -21,7 +22,7 @@ router = APIRouter(route_class=KeyFirst, prefix="/collections", tags=["collectio
 PageLimit = Annotated[int, Query(ge=1, le=50)]
 
 
-@router.post("", status_code=201)
+@router.post("", name="create_collection", status_code=201, response_model=CollectionOut)
 def create(body: NewCollection, tenant: CanWrite, services: InServices, key: IdempotencyKey = None) -> dict[str, Any]:
     """A new, empty collection: searchable at once, with the frozen backbone."""
     hashed = idempotency.request_hash("collections", body.model_dump())
@@ -35,7 +36,7 @@ def create(body: NewCollection, tenant: CanWrite, services: InServices, key: Ide
         return idempotency.once(connection, tenant.id, key, hashed, add)
 
 
-@router.get("")
+@router.get("", name="list_collections", response_model=CollectionPage)
 def list_all(
     tenant: CanSearch, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None
 ) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def list_all(
         return listing([show(connection, tenant, row) for row in page.rows], page)
 
 
-@router.get("/{name}")
+@router.get("/{name}", name="get_collection", response_model=CollectionOut)
 def get(name: str, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Counts, settings, active adapter and generation. Whoever looks is about to search: the adapter is fetched."""
     with services.storage.database.read() as connection:
@@ -55,7 +56,7 @@ def get(name: str, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     return shown
 
 
-@router.patch("/{name}")
+@router.patch("/{name}", name="change_collection", response_model=CollectionOut)
 def change(name: str, body: ChangedCollection, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """Changes the settings that are sent; videos that come later follow them."""
     with services.storage.database.write() as connection:
@@ -65,7 +66,7 @@ def change(name: str, body: ChangedCollection, tenant: CanWrite, services: InSer
         return show(connection, tenant, collection_of(connection, tenant, name))
 
 
-@router.delete("/{name}", status_code=204)
+@router.delete("/{name}", name="delete_collection", status_code=204)
 def delete(name: str, tenant: CanWrite, services: InServices) -> Response:
     """The collection is gone at once; its files and vectors follow in the background."""
     with services.storage.database.write() as connection:
@@ -75,7 +76,7 @@ def delete(name: str, tenant: CanWrite, services: InServices) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/{name}/generations")
+@router.get("/{name}/generations", name="list_generations", response_model=GenerationPage)
 def generations(
     name: str, tenant: CanSearch, services: InServices, page_limit: PageLimit = 10, page_token: str | None = None
 ) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
+from service.http.answers import LivenessOut, ReadinessOut
 from service.http.auth import InServices, KeyFirst, authenticated
 from service.storage import facts, keys
 
@@ -19,13 +20,13 @@ router = APIRouter(route_class=KeyFirst, tags=["health"])
 WORKER_SECONDS = 30.0
 
 
-@router.get("/healthz")
+@router.get("/healthz", name="get_liveness", response_model=LivenessOut)
 def healthz() -> dict[str, str]:
     """The process lives."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", name="get_readiness", response_model=ReadinessOut, responses={503: {"model": ReadinessOut}})
 def readyz(services: InServices) -> Response:
     """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds.
 
@@ -44,7 +45,7 @@ def readyz(services: InServices) -> Response:
     return JSONResponse(told, 200 if ready else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", name="get_metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, services: InServices) -> Response:
     """Prometheus, with the operator's key (as a bearer token, for one), unless `POLYCLIP_METRICS_OPEN` is set."""
     if not services.storage.settings.metrics_open:

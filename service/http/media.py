@@ -7,13 +7,14 @@ import re
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response, StreamingResponse
 
-from service.http.auth import InServices, KeyFirst
+from service.http import document
+from service.http.auth import PROBLEMS, InServices, KeyFirst
 from service.storage import keys
 from service.storage.blobs import BlobMissing, thumbnail_key, video_key
 from service.storage.rows import NotFound
 from service.videos import video_rows
 
-router = APIRouter(route_class=KeyFirst, tags=["media"])
+router = APIRouter(route_class=KeyFirst, tags=["media"], responses=PROBLEMS)
 TYPES = {  # by a name of the container, as FFmpeg calls it
     "matroska": "video/x-matroska",
     "avi": "video/x-msvideo",
@@ -31,9 +32,11 @@ TYPES = {  # by a name of the container, as FFmpeg calls it
     "dv": "video/dv",
 }
 HEAD_BYTES = 64
+_FILES = document.download("image/jpeg", "video/mp4", "application/octet-stream")
+_FILES |= document.download("video/mp4", "application/octet-stream", status=206)
 
 
-@router.get("/media/{kind}/{media_id}")
+@router.get("/media/{kind}/{media_id}", name="get_media", response_class=Response, responses=_FILES)
 def media(kind: str, media_id: str, exp: int, sig: str, request: Request, services: InServices) -> Response:
     """A thumbnail or a video. The signature stands for the key: whoever has the URL may see it until it expires."""
     keys.check_signature(services.signing_secret, f"/media/{kind}/{media_id}", exp, sig)

@@ -1,4 +1,4 @@
-"""What goes over the wire."""
+"""What a request may say; `answers.py` has what is answered."""
 
 from __future__ import annotations
 
@@ -86,73 +86,3 @@ class NewKey(In):
             return moment and (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
         except OverflowError as error:
             raise ValueError("is out of range") from error
-
-
-class VideoOut(BaseModel):
-    """A video of a collection; for the documentation."""
-
-    id: str
-    filename: str
-    status: str
-    error: dict[str, Any] | None
-    task_id: str | None
-    system_metadata: dict[str, Any]
-    metadata: dict[str, Any]
-    captions: list[dict[str, Any]]
-    thumbnail_url: str | None
-    video_url: str
-    created_at: str
-    updated_at: str
-    video_id: str = Field(description="The same as `id`; left out from the next version on.", deprecated=True)
-    user_metadata: dict[str, Any] = Field(description="The same as `metadata`; as above.", deprecated=True)
-
-
-class PageInfo(BaseModel):
-    next_page_token: str | None
-    total_results: int
-
-
-class HitOut(BaseModel):
-    rank: int
-    score: float
-    video_id: str
-    start: float
-    end: float
-    filename: str
-    metadata: dict[str, Any]
-    thumbnail_url: str
-    video_url: str
-
-
-class SearchPool(BaseModel):
-    collection: str
-    generation: str
-    adapter: str | None
-    total_videos: int
-    pending_videos: int
-
-
-class Warning(BaseModel):
-    code: str
-    detail: str
-
-
-class SearchAnswer(BaseModel):
-    data: list[HitOut]
-    search_pool: SearchPool
-    timings_ms: dict[str, float]
-    page_info: PageInfo
-    warnings: list[Warning]
-
-
-class Problem(BaseModel):
-    """RFC 9457 problem document."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    request_id: str
-    errors: list[dict[str, Any]] | None = None
-    errors_left_out: int | None = None

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
 from service.http import paging
+from service.http.answers import HitOut, PageInfo, SearchAnswer, SearchPool, Warning
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
-from service.http.schemas import HitOut, PageInfo, SearchAnswer, SearchPool, SearchRequest, Warning
+from service.http.schemas import SearchRequest
 from service.search import filters
 from service.search.query import Found
 from service.storage.keys import sign
@@ -21,7 +22,7 @@ Done = TypeVar("Done")
 router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
 
 
-@router.post("/search")
+@router.post("/search", name="search")
 async def search(request: Request, body: SearchRequest, tenant: CanSearch, services: InServices) -> SearchAnswer:
     """Finds the videos of a collection that show what the text says, best first."""
     offset = int(paging.decode("offset", body.page_token) or 0)

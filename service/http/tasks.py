@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.http import paging
+from service.http.answers import TaskOut, TaskPage, TaskStatus
 from service.http.auth import PROBLEMS, Anyone, CanWrite, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
 from service.jobs import task_rows
@@ -29,7 +30,6 @@ from service.storage.rows import NotFound
 from service.videos import video_rows
 
 router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands between, that the connection lives
@@ -61,12 +61,12 @@ class _Events(StreamingResponse):
                 del self._streams[self._key]
 
 
-@router.get("")
+@router.get("", name="list_tasks", response_model=TaskPage)
 def list_all(
     tenant: CanWrite,
     services: InServices,
     collection: str | None = None,
-    status: Status | None = None,
+    status: TaskStatus | None = None,
     page_limit: Annotated[int, Query(ge=1, le=50)] = 10,
     page_token: str | None = None,
 ) -> dict[str, Any]:
@@ -77,13 +77,13 @@ def list_all(
         return listing(shown(connection, tenant.id, page.rows), page)
 
 
-@router.get("/{task_id}")
+@router.get("/{task_id}", name="get_task", response_model=TaskOut)
 def get(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """Status, progress from 0 to 1, the seconds that are left at the pace so far, and the result or the error."""
     return _show(services, _task(services, tenant.id, task_id))
 
 
-@router.post("/{task_id}/cancel")
+@router.post("/{task_id}/cancel", name="cancel_task", response_model=TaskOut)
 def cancel(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, Any]:
     """A waiting task ends at once; a running one when it next reports, unless it ends before. The video of a cancelled indexing
     task ends `failed` with the code `cancelled`; it may be uploaded again.
@@ -103,7 +103,15 @@ def cancel(task_id: str, tenant: CanWrite, services: InServices) -> dict[str, An
         return shown(connection, tenant.id, [task_rows.task(connection, tenant.id, task_id)])[0]
 
 
-@router.get("/{task_id}/events", responses={204: {"description": "the end of the task has been told before"}})
+@router.get(
+    "/{task_id}/events",
+    name="follow_task",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "the end of the task has been told before"},
+    },
+)
 async def events(
     task_id: str,
     request: Request,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection
 
-from service.http import paging, uploads
+from service.http import document, paging, uploads
+from service.http.answers import UploadOut, VideoOut, VideoPage, VideoStatus
 from service.http.auth import (
     PROBLEMS,
     CanSearch,
@@ -23,7 +24,7 @@ from service.http.auth import (
     larger_bodies,
 )
 from service.http.collections import listing
-from service.http.schemas import MAX_METADATA, Captions, VideoOut
+from service.http.schemas import MAX_METADATA, Captions
 from service.http.search import media_urls
 from service.http.uploads import FileTooLarge, InvalidUpload, Upload
 from service.jobs.task_rows import Task
@@ -39,30 +40,16 @@ from service.videos.video_rows import Caption, Video
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
 PageLimit = Annotated[int, Query(ge=1, le=50)]
-Status = Literal["pending", "validating", "queued", "indexing", "ready", "failed"]
 _captions = TypeAdapter(list[str | CaptionIn])
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "metadata": {"type": "string", "description": "a JSON object, returned with every hit"},
-                        "captions": {"type": "string", "description": "a JSON list of strings or {text, start?, end?}"},
-                    },
-                }
-            }
-        },
-    }
-}
+_BODY = document.form(
+    "a video",
+    metadata="a JSON object, returned with every hit",
+    captions="a JSON list of strings or {text, start?, end?}",
+)
 
 
-@router.post("", status_code=202, openapi_extra=_BODY)
+@router.post("", name="upload_video", status_code=202, response_model=UploadOut, openapi_extra=_BODY)
 async def upload(
     name: str, request: Request, tenant: CanWrite, services: InServices, key: IdempotencyKey = None
 ) -> dict[str, Any]:
@@ -86,13 +73,13 @@ async def upload(
         received.path.unlink(missing_ok=True)
 
 
-@router.get("")
+@router.get("", name="list_videos", response_model=VideoPage)
 def list_all(
     name: str,
     request: Request,
     tenant: CanSearch,
     services: InServices,
-    status: Status | None = None,
+    status: VideoStatus | None = None,
     page_limit: PageLimit = 10,
     page_token: str | None = None,
 ) -> dict[str, Any]:
@@ -103,7 +90,7 @@ def list_all(
         return listing(show(connection, services, request, tenant, page.rows), page)
 
 
-@router.get("/{video_id}", responses={200: {"model": VideoOut}})
+@router.get("/{video_id}", name="get_video", response_model=VideoOut)
 def get(name: str, video_id: str, request: Request, tenant: CanSearch, services: InServices) -> dict[str, Any]:
     """Status, facts, metadata, captions."""
     with services.storage.database.read() as connection:
@@ -112,7 +99,7 @@ def get(name: str, video_id: str, request: Request, tenant: CanSearch, services:
         return show(connection, services, request, tenant, [video])[0]
 
 
-@router.delete("/{video_id}", status_code=204)
+@router.delete("/{video_id}", name="delete_video", status_code=204)
 def delete(name: str, video_id: str, tenant: CanWrite, services: InServices) -> Response:
     """The video leaves lists and searches at once; its files follow in the background."""
     with services.storage.database.write() as connection:
@@ -123,7 +110,7 @@ def delete(name: str, video_id: str, tenant: CanWrite, services: InServices) -> 
     return Response(status_code=204)
 
 
-@router.put("/{video_id}/captions", responses={200: {"model": VideoOut}})
+@router.put("/{video_id}/captions", name="replace_captions", response_model=VideoOut)
 @larger_bodies(4)
 def put_captions(
     name: str, video_id: str, body: Captions, request: Request, tenant: CanWrite, services: InServices

@@ -1,0 +1,303 @@
+"""What is answered: what a route returns is checked against these models."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from adapters_store import Manifest
+
+Row = TypeVar("Row", bound=BaseModel)
+VideoStatus = Literal["pending", "validating", "queued", "indexing", "ready", "failed"]
+TaskStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class PageInfo(BaseModel):
+    next_page_token: str | None = Field(description="The `page_token` of the next page; null on the last.")
+    total_results: int
+
+
+class Page(BaseModel, Generic[Row]):
+    """The shape of every list."""
+
+    data: list[Row]
+    page_info: PageInfo
+
+
+class Failure(BaseModel, extra="allow"):
+    code: str = Field(description="Stable; the documentation names them all.")
+    detail: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class MediaOut(TypedDict, total=False):
+    """Facts of the file: `sha256` and `size` (bytes) from the first, the others when it is decoded; sizes as shown."""
+
+    sha256: str
+    size: int
+    duration: float
+    width: int
+    height: int
+    fps: float
+    codec: str
+    frames: int
+    container: str
+    decoder: str
+
+
+class CaptionOut(BaseModel):
+    text: str
+    start: float | None
+    end: float | None
+
+
+class VideoOut(BaseModel):
+    """A video of a collection."""
+
+    id: str
+    filename: str
+    status: VideoStatus
+    error: Failure | None
+    task_id: str | None
+    system_metadata: MediaOut
+    metadata: dict[str, Any]
+    captions: list[CaptionOut]
+    thumbnail_url: str | None
+    video_url: str
+    created_at: str
+    updated_at: str
+    video_id: str = Field(description="The same as `id`; left out from the next version on.", deprecated=True)
+    user_metadata: dict[str, Any] = Field(description="The same as `metadata`; as above.", deprecated=True)
+
+
+class VideoPage(Page[VideoOut]):
+    """Videos, newest first."""
+
+
+class UploadOut(BaseModel):
+    """`duplicate_of`: the video with the same bytes that the collection had; `updated`: what of it has changed."""
+
+    video_id: str
+    task_id: str | None
+    status: VideoStatus
+    duplicate_of: str | None
+    updated: list[Literal["captions", "metadata"]] = []
+
+
+class QueuedOut(BaseModel):
+    """A task that was queued: `GET /tasks/{task_id}` tells how it stands."""
+
+    task_id: str
+
+
+class AdapterImportOut(QueuedOut):
+    """The task has ended already."""
+
+    adapter_id: str
+
+
+class CollectionImportOut(QueuedOut):
+    """`collection`: the name that it will have."""
+
+    collection: str
+
+
+class TaskOut(BaseModel):
+    """`progress` from 0 to 1; `result`, by kind, when it has succeeded; `error` when it has failed."""
+
+    id: str
+    collection: str | None
+    kind: str
+    status: TaskStatus
+    progress: float
+    eta_seconds: float | None
+    message: str | None
+    error: Failure | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    result: dict[str, Any] | None
+
+
+class TaskPage(Page[TaskOut]):
+    """Tasks, newest first."""
+
+
+class SettingsOut(TypedDict, total=False):
+    """A collection's settings that were set."""
+
+    segment_seconds: float
+    description: str
+    pinned: bool
+    keep_generations: int
+    keep_generation_days: float
+
+
+class CollectionOut(BaseModel):
+    """`videos`: how many, in total and by status; `active_adapter`: null for the frozen backbone."""
+
+    id: str
+    name: str
+    settings: SettingsOut
+    videos: dict[str, int]
+    captioned_videos: int
+    active_adapter: str | None
+    active_generation: str
+    created_at: str
+
+
+class CollectionPage(Page[CollectionOut]):
+    """Collections, newest first."""
+
+
+class GenerationOut(BaseModel):
+    """`videos` have vectors in it, `missing` are to be embedded before it can be used."""
+
+    id: str
+    adapter_id: str | None
+    state: Literal["building", "active", "retired"]
+    videos: int
+    missing: int
+    created_at: str
+    activated_at: str | None
+    retired_at: str | None
+
+
+class GenerationPage(Page[GenerationOut]):
+    """Generations, newest first."""
+
+
+class AdapterOut(BaseModel):
+    """`residency`: where this process has it; `metrics`: of its validation, `before` and `after` its training."""
+
+    id: str
+    version: int
+    digest: str
+    active: bool
+    residency: Literal["active", "inactive", "loading", "offloaded"]
+    scope: str
+    parameters: int
+    metrics: dict[Literal["before", "after"], Any]
+    created_at: str
+
+
+class AdapterPage(Page[AdapterOut]):
+    """Adapters, newest first."""
+
+
+class AdapterDetail(AdapterOut):
+    """With where it came from: recipe, data, metrics and loss curve."""
+
+    manifest: Manifest
+
+
+class QuotasOut(TypedDict, total=False):
+    """The quotas that were set."""
+
+    max_videos: int
+    max_bytes: int
+    max_collections: int
+
+
+class TenantOut(BaseModel):
+    id: str
+    name: str
+    quotas: QuotasOut
+    created_at: str
+
+
+class TenantPage(Page[TenantOut]):
+    """Tenants, newest first."""
+
+
+class KeyOut(BaseModel):
+    id: str
+    role: str
+    created_at: str
+    expires_at: str | None
+    last_used_at: str | None
+    revoked_at: str | None
+
+
+class KeyPage(Page[KeyOut]):
+    """All keys of a tenant."""
+
+
+class NewKeyOut(KeyOut):
+    """With the key itself, the only time that it is shown."""
+
+    key: str
+
+
+class Usage(BaseModel):
+    collections: int
+    videos: int
+    bytes: int
+    adapters: int
+
+
+class UsageOut(BaseModel):
+    tenant: str
+    at: str
+    usage: Usage
+    quotas: QuotasOut
+
+
+class LivenessOut(BaseModel):
+    status: Literal["ok"]
+
+
+class ReadinessOut(BaseModel):
+    """`warning`: what the backbone's searches are worth where it knows no real pictures."""
+
+    status: str
+    checks: dict[str, bool]
+    warning: str | None
+
+
+class HitOut(BaseModel):
+    rank: int
+    score: float
+    video_id: str
+    start: float
+    end: float
+    filename: str
+    metadata: dict[str, Any]
+    thumbnail_url: str
+    video_url: str
+
+
+class SearchPool(BaseModel):
+    collection: str
+    generation: str
+    adapter: str | None
+    total_videos: int
+    pending_videos: int
+
+
+class Warning(BaseModel):
+    code: str
+    detail: str
+
+
+class SearchAnswer(BaseModel):
+    data: list[HitOut]
+    search_pool: SearchPool
+    timings_ms: dict[str, float]
+    page_info: PageInfo
+    warnings: list[Warning]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[dict[str, Any]] | None = None
+    errors_left_out: int | None = None

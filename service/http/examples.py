@@ -1,0 +1,93 @@
+"""An example of every answer, for the documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ID = "01J9Z3N8Q4T5V6W7X8Y9Z0A1B2"
+_VIDEO, _TASK, _ADAPTER, _GENERATION = f"vid_{_ID}", f"task_{_ID}", f"adp_{_ID}", f"gen_{_ID}"
+_TIME = "2026-01-31T12:00:00.000000+00:00"
+_SIGNED = "?exp=1769864400&sig=5f2c"
+_URLS = {
+    "thumbnail_url": f"http://127.0.0.1:8000/media/thumbnail/{_VIDEO}-0{_SIGNED}",
+    "video_url": f"http://127.0.0.1:8000/media/video/{_VIDEO}{_SIGNED}",
+}
+_ONE = {"next_page_token": None, "total_results": 1}
+_VIDEO_ROW = {
+    "id": _VIDEO, "video_id": _VIDEO, "filename": "gate.mp4", "status": "ready", "error": None, "task_id": _TASK,
+    "system_metadata": {"duration": 12.5, "width": 1280, "height": 720, "fps": 25.0, "codec": "h264", "frames": 312,
+                        "container": "mov,mp4,m4a", "decoder": "decord", "sha256": "9f86d081", "size": 1048576},
+    "metadata": {"camera": "north"}, "user_metadata": {"camera": "north"},
+    "captions": [{"text": "a van stops at the gate", "start": 0.0, "end": 6.5}],
+    **_URLS, "created_at": _TIME, "updated_at": _TIME,
+}  # fmt: skip
+_TASK_ROW = {
+    "id": _TASK, "collection": "gates", "kind": "activate", "status": "succeeded", "progress": 1.0, "eta_seconds": None,
+    "message": "done", "error": None, "created_at": _TIME, "started_at": _TIME, "finished_at": _TIME,
+    "result": {"activated": True},
+}  # fmt: skip
+_COLLECTION_ROW = {
+    "id": f"col_{_ID}", "name": "gates", "settings": {"segment_seconds": 10.0},
+    "videos": {"total": 3, "ready": 2, "queued": 1}, "captioned_videos": 2, "active_adapter": None,
+    "active_generation": _GENERATION, "created_at": _TIME,
+}  # fmt: skip
+_GENERATION_ROW = {
+    "id": _GENERATION, "adapter_id": None, "state": "active", "videos": 3, "missing": 0, "created_at": _TIME,
+    "activated_at": _TIME, "retired_at": None,
+}  # fmt: skip
+_ADAPTER_ROW = {
+    "id": _ADAPTER, "version": 1, "digest": "2c26b46b", "active": True, "residency": "active", "scope": "both",
+    "parameters": 517120, "metrics": {"before": {"text_to_video": {"R@1": 31.0}}, "after": {"text_to_video": {"R@1": 44.5}}},
+    "created_at": _TIME,
+}  # fmt: skip
+_MANIFEST = {
+    "digest": "2c26b46b", "backbone": "7d865e95", "rank": 8, "shared": 4, "scope": "both", "parameters": 517120,
+    "size": 2071552, "recipe": {"epochs": 20}, "metrics": _ADAPTER_ROW["metrics"], "data": {"train": {"videos": 80}},
+    "parent": None, "created_at": _TIME, "format": "polyclip-adapter/1",
+}  # fmt: skip
+_TENANT_ROW = {"id": f"ten_{_ID}", "name": "acme", "quotas": {"max_videos": 1000}, "created_at": _TIME}
+_KEY_ROW = {
+    "id": f"key_{_ID}", "role": "search", "created_at": _TIME, "expires_at": None, "last_used_at": None, "revoked_at": None
+}  # fmt: skip
+_HIT = {
+    "rank": 1, "score": 0.312, "video_id": _VIDEO, "start": 0.0, "end": 6.5, "filename": "gate.mp4",
+    "metadata": {"camera": "north"}, **_URLS,
+}  # fmt: skip
+
+EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
+    "SearchAnswer": {
+        "data": [_HIT],
+        "search_pool": {
+            "collection": "gates", "generation": _GENERATION, "adapter": None, "total_videos": 3, "pending_videos": 0,
+        },
+        "timings_ms": {"encode": 9.1, "search": 0.8}, "page_info": _ONE, "warnings": [],
+    },
+    "VideoOut": _VIDEO_ROW,
+    "UploadOut": {"video_id": _VIDEO, "task_id": _TASK, "status": "pending", "duplicate_of": None, "updated": []},
+    "QueuedOut": {"task_id": _TASK},
+    "AdapterImportOut": {"task_id": _TASK, "adapter_id": _ADAPTER},
+    "CollectionImportOut": {"task_id": _TASK, "collection": "gates"},
+    "TaskOut": _TASK_ROW,
+    "CollectionOut": _COLLECTION_ROW,
+    "AdapterDetail": {**_ADAPTER_ROW, "manifest": _MANIFEST},
+    "TenantOut": _TENANT_ROW,
+    "NewKeyOut": {**_KEY_ROW, "key": "pc_5d41402abc4b2a76"},
+    "UsageOut": {
+        "tenant": "acme", "at": _TIME, "usage": {"collections": 1, "videos": 3, "bytes": 3145728, "adapters": 1},
+        "quotas": {"max_videos": 1000},
+    },
+    "LivenessOut": {"status": "ok"},
+    "ReadinessOut": {"status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "warning": None},
+    "Problem": {
+        "type": "urn:polyclip:problem:collection_not_found", "title": "Not Found", "status": 404,
+        "detail": "there is no collection 'gates'", "code": "collection_not_found", "request_id": f"req_{_ID}",
+        "errors": None, "errors_left_out": None,
+    },
+    **{
+        f"{name}Page": {"data": [row], "page_info": _ONE}
+        for name, row in (
+            ("Video", _VIDEO_ROW), ("Task", _TASK_ROW), ("Collection", _COLLECTION_ROW), ("Generation", _GENERATION_ROW),
+            ("Adapter", _ADAPTER_ROW), ("Tenant", _TENANT_ROW), ("Key", _KEY_ROW),
+        )
+    },
+}  # fmt: skip
