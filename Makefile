@@ -6,8 +6,9 @@ EXTRAS ?= cpu,postgres,test
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 N ?= 100
 SEED ?= 0
+FAST := not slow and not browser and not postgres and not gpu
 
-.PHONY: install demo demo-check test check crash bench results clean
+.PHONY: install demo demo-check test fast slow-list check crash bench results clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +34,14 @@ demo-check: install
 
 test: install
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
+
+# What a change is tried with every few minutes: no server, browser, database server, GPU or crash.
+fast: install
+	@$(BIN)/python -m pytest --quiet --no-header --numprocesses 2 --dist loadfile -m "$(FAST)"
+
+# Which tests `make fast` leaves out, measured anew.
+slow-list: install
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=0 --durations-min=0.05 | tee /dev/stderr | $(BIN)/python tests/slow.py
 
 check: install
 	@$(BIN)/ruff check .

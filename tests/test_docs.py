@@ -15,7 +15,7 @@ from service.settings import Settings
 from training.recipe import RANGES, Recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
