@@ -22,7 +22,6 @@ from service.settings import Settings
 from service.storage import facts
 from service.storage.keys import Guesses
 from service.storage.storage import Storage
-from service.videos.decoders import Decoders
 
 DESCRIPTION = """Text-to-video retrieval for many collections: one frozen CLIP, one small adapter per collection."""
 
@@ -33,20 +32,19 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         own = encoder or Encoder(Storage(settings))
-        storage, decoders = own.storage, Decoders(settings)
+        storage = own.storage
         await to_thread.run_sync(storage.prepare)
         with storage.database.read() as connection:
             secret = facts.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
         searcher, guesses = Searcher(storage, own), Guesses(settings.wrong_keys)
-        app.state.services = Services(storage, own, decoders, searcher, jobs, secret, guesses)
+        app.state.services = Services(storage, own, searcher, jobs, secret, guesses)
         app.state.metrics.registry.register(Inside(own, searcher))
         yield
         jobs.close()
         searcher.close()
         own.close()
-        decoders.close()
         storage.close()
 
     app = FastAPIOffline(

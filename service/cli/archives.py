@@ -73,7 +73,7 @@ def fsck(
 ) -> None:
     """Verify rows against files and vectors. The service may run on."""
     from service.cli.moving import check
-    from service.upkeep.fsck import Finding
+    from service.upkeep.fsck_videos import Finding
 
     def show(finding: Finding) -> None:
         if not as_json:

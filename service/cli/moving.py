@@ -20,7 +20,8 @@ from service.storage.storage import Storage
 from service.upkeep import export_collection as exports
 from service.upkeep import import_collection as imports
 from service.upkeep.export_collection import Tell
-from service.upkeep.fsck import Finding, Fsck
+from service.upkeep.fsck import Fsck
+from service.upkeep.fsck_videos import Finding
 from service.videos import index, video_rows
 from service.videos.decoders import Decoders
 

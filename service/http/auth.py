@@ -23,7 +23,6 @@ from service.storage.collection_rows import Collection
 from service.storage.keys import Caller, Guesses
 from service.storage.storage import Storage
 from service.storage.tenant_rows import Tenant
-from service.videos.decoders import Decoders
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -34,7 +33,6 @@ class Services:
 
     storage: Storage
     encoder: Encoder
-    decoders: Decoders
     searcher: Searcher
     jobs: Jobs
     signing_secret: str

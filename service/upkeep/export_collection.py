@@ -69,7 +69,7 @@ class Export:
                         videos, size = videos + 1, size + video.size
                         self._rows.write(json.dumps(_record(video, captions[video.id])).encode() + b"\n")
                 after = page[-1].id
-        self._manifest = {
+        self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "created_at": now(),
             "polyclip": version("polyclip"),

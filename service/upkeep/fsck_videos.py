@@ -168,8 +168,8 @@ def _vectors(seen: _Seen) -> Found:
             except vectors.InvalidVectors as error:
                 wrong = str(error)
         if wrong is not None:
-            repairable = maker is not None and (seen.decodable or seen.frames is None)
-            mend = partial(_embed_again, seen.tools, seen.video, maker) if repairable else None
+            with_frames = seen.decodable or seen.frames is None
+            mend = partial(_embed_again, seen.tools, seen.video, maker) if maker is not None and with_frames else None
             yield code, f"generation {vector_set}: {wrong}", mend
 
 

@@ -17,6 +17,7 @@ from house import House
 from serving import ROOT_KEY, Server, Tenant, clip, new_tenant
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
+from workshop import decoders_of
 
 import backbone
 from service.adapters import adapter_rows
@@ -547,7 +548,7 @@ def work(tenant: Tenant, task: str) -> Any:
     services = tenant.client.app.state.services
     with services.storage.database.read() as connection:
         owner = tenant_rows.tenant_named(connection, tenant.name).id
-    Shift(services.storage, services.encoder, services.decoders).run(owner, task)
+    Shift(services.storage, services.encoder, decoders_of(services.storage.settings)).run(owner, task)
     return tenant.get(f"/tasks/{task}").json()
 
 
@@ -632,17 +633,19 @@ def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
     with services.storage.database.read() as connection:
         owner = tenant_rows.tenant_named(connection, tenant.name)
         queued = task_rows.task(connection, owner.id, answer.json()["task_id"])
+
+    def run_again() -> dict[str, Any]:
+        storage, nothing = services.storage, lambda *_: None
+        decoders = decoders_of(storage.settings)
+        return import_collection.import_for_task(storage, services.encoder, decoders, queued, nothing, nothing)
+
     with monkeypatch.context() as patch:  # the worker is killed just before the end
         patch.setattr(delete, "purge_collection", lambda *_: None)
         patch.setattr(archive_rows, "reveal", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            import_collection.import_for_task(
-                services.storage, services.encoder, services.decoders, queued, lambda share, note: None, lambda video: None
-            )
+            run_again()
     assert work(tenant, queued.id)["status"] == "succeeded"
-    again = import_collection.import_for_task(
-        services.storage, services.encoder, services.decoders, queued, lambda share, note: None, lambda video: None
-    )
+    again = run_again()
     assert again["collection"] == "films", "done already"
     assert len(tenant.found("films")) == 4
 

@@ -25,7 +25,8 @@ from service.storage.blobs import adapter_key, frames_key, thumbnail_key, video_
 from service.storage.collection_rows import Collection
 from service.storage.tables import captions, collections, generations, segments, tasks
 from service.upkeep import delete
-from service.upkeep.fsck import Finding, Fsck
+from service.upkeep.fsck import Fsck
+from service.upkeep.fsck_videos import Finding
 from service.videos import index, video_rows
 from service.videos.video_rows import Video
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,14 @@ def application(data: Path, **settings: Any) -> TestClient:
     return TestClient(create_app(Settings(data=data, **{**bounds, **settings})), raise_server_exceptions=False)
 
 
+@cache
+def decoders_of(settings: Settings) -> Decoders:
+    """The decoder processes that the tests of an application share; the API has none."""
+    made = Decoders(settings)
+    atexit.register(made.close)
+    return made
+
+
 class Workshop:
     """A tenant of the application in this process, and the hands that do its tasks."""
 
@@ -38,7 +48,7 @@ class Workshop:
         services = guest.client.app.state.services
         self.storage: Storage = services.storage
         self.encoder: Encoder = services.encoder
-        self.decoders: Decoders = services.decoders
+        self.decoders = decoders_of(self.storage.settings)
         with self.storage.database.read() as connection:
             self.tenant = tenant_rows.tenant_named(connection, guest.name).id
 
