@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Row, RowMapping, Select, Table, func, select
+from sqlalchemy import Connection, RowMapping, Select, Table, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.storage.database import check_text
@@ -73,7 +73,7 @@ def parts(values: Iterable[Any]) -> Iterator[list[Any]]:
         yield rest[first : first + PART]
 
 
-def among(connection: Connection, query: Select[Any], column: Any, values: Iterable[Any]) -> Iterator[Row[Any]]:
+def among(connection: Connection, query: Select[Any], column: Any, values: Iterable[Any]) -> Iterator[Any]:
     """The rows of `query` with one of these values in the column; its order holds within the rows of one value."""
     for part in parts(values):
         yield from connection.execute(query.where(column.in_(part)))

@@ -87,7 +87,7 @@ class Export:
         return gathered(self._chunks(progress))
 
     def _chunks(self, progress: Tell) -> Iterator[bytes]:
-        videos = self._manifest["videos"]
+        videos = int(str(self._manifest["videos"]))
         with self._rows, tempfile.TemporaryFile(dir=self._storage.settings.scratch) as sums:
             writer = Writer(sums, time.time())
             yield from writer.whole(FIRST, _json(self._manifest))

@@ -448,7 +448,7 @@ def test_batches_of_leased_rows_on_three_slots_equal_one_by_one() -> None:
     whatever batches come about, with a real backbone.
     """
     backbone = load_backbone("builtin", device="cpu")
-    shapes = [AdapterShape(backbone.dims, rank, 0, scope) for rank in (4, 20, 8) for scope in ("text", "vision", "both")]  # type: ignore[arg-type]
+    shapes = [AdapterShape(backbone.dims, rank, 0, scope) for rank in (4, 20, 8) for scope in ("text", "vision", "both")]
     files = [pack(s, backbone.fingerprint, {n: 0.1 * torch.randn(size) for n, size in s.layout().items()}) for s in shapes]
     digests = [hashlib.sha256(data).hexdigest() for data in files]
     tokens = backbone.tokenize([f"{'big ' * i}ball" for i in range(4)]).ids

@@ -1,5 +1,6 @@
 """The Cross-Modal Adapter against a loop-by-loop reference of its equations, and mixed batches against one by one."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_shared_rows_tie_the_towers(backbone: Backbone) -> None:
     assert from_frames is not None and from_frames.abs().sum() > 0
 
 
-POPULARITIES = {
+POPULARITIES: dict[str, Callable[[int, np.random.Generator], list[int]]] = {
     "distinct": lambda n, rng: list(range(n)),
     "uniform": lambda n, rng: rng.integers(0, 5, n).tolist(),
     "zipf": lambda n, rng: (np.minimum(rng.zipf(1.5, n), 6) - 1).tolist(),

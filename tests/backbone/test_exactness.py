@@ -63,7 +63,7 @@ class Paper:
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         variance = ((x - x.mean()) ** 2).mean()
-        return (x - x.mean()) / (variance + 1e-5).sqrt() * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        return (x - x.mean()) / (variance + 1e-5).sqrt() * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]  # type: ignore[no-any-return]
 
     def attention(self, xs: list[Tensor], name: str, causal: bool) -> list[Tensor]:
         d = len(xs[0])
@@ -83,7 +83,7 @@ class Paper:
 
     def mlp(self, x: Tensor, name: str, act: Callable[[Tensor], Tensor]) -> Tensor:
         hidden = act(self.w[f"{name}.c_fc.weight"] @ x + self.w[f"{name}.c_fc.bias"])
-        return self.w[f"{name}.c_proj.weight"] @ hidden + self.w[f"{name}.c_proj.bias"]
+        return self.w[f"{name}.c_proj.weight"] @ hidden + self.w[f"{name}.c_proj.bias"]  # type: ignore[no-any-return]
 
     def blocks(self, xs: list[Tensor], tower: str, layers: int, quick: bool) -> list[Tensor]:
         prefix = "visual.transformer" if tower == "visual" else "transformer"
@@ -107,12 +107,12 @@ class Paper:
                 xs.append(kernel.flatten(1) @ pixels[:, y : y + patch, x : x + patch].double().flatten())
         xs = [self.norm(x + p, "visual.ln_pre") for x, p in zip(xs, self.w["visual.positional_embedding"], strict=True)]
         xs = self.blocks(xs, "visual", layers, quick)
-        return self.norm(xs[0], "visual.ln_post") @ self.w["visual.proj"]
+        return self.norm(xs[0], "visual.ln_post") @ self.w["visual.proj"]  # type: ignore[no-any-return]
 
     def text(self, tokens: list[int], layers: int, quick: bool) -> Tensor:
         xs = [self.w["token_embedding.weight"][t] + self.w["positional_embedding"][i] for i, t in enumerate(tokens)]
         xs = self.blocks(xs, "text", layers, quick)
-        return self.norm(xs[tokens.index(max(tokens))], "ln_final") @ self.w["text_projection"]
+        return self.norm(xs[tokens.index(max(tokens))], "ln_final") @ self.w["text_projection"]  # type: ignore[no-any-return]
 
 
 def small(quick: bool = True, layers: int = 3) -> Backbone:

@@ -22,7 +22,7 @@ class Devices(TorchDispatchMode):
     """Notes which operators had tensors of two devices, in or out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators, self.between = 0, list[str]()
 
     def __torch_dispatch__(

@@ -76,7 +76,9 @@ def test_to_pixels_of_an_extreme_picture_resizes_no_more_than_its_middle(turned:
     sizes: list[tuple[int, int]] = []
     resize = Image.Image.resize
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *rest, **more: sizes.append(size) or resize(self, size, *rest, **more)
+        Image.Image,
+        "resize",
+        lambda self, size, *rest, **more: sizes.append(size) or resize(self, size, *rest, **more),  # type: ignore[func-returns-value]
     )
     picture = np.zeros((2, 16384, 3), np.uint8)
     picture[:, 8188:8196] = (0, 200, 0)  # around the middle

@@ -113,7 +113,7 @@ def test_what_a_batch_needs_decides_the_way_it_is_computed() -> None:
 
     def way(tower: str, *index: int) -> tuple[str, int] | None:
         apply = stack.rows(tower, torch.tensor(index))
-        return None if apply is None else (type(apply).__name__, getattr(apply, "rank", None) or apply.down_weight.shape[1])
+        return None if apply is None else (type(apply).__name__, getattr(apply, "rank", None) or apply.down_weight.shape[1])  # type: ignore[union-attr]
 
     assert way("text", 0, 0) is None, "the frozen backbone"
     assert way("text", 0, 3) is None and way("visual", 2, 2) is None, "no row changes this tower"

@@ -167,8 +167,8 @@ class Client:
         found = [hit["video_id"] for hit in page["data"]]
         must(len(found) == len(set(found)), "a search finds a video once", found)
         ready -= {film.video_id for film in list(shelf.films.values()) if film.fate != "kept"}
-        must(ready <= set(found), f"a search of {shelf.name} finds every ready video", sorted(ready - set(found)))
-        must(not gone & set(found), f"a search of {shelf.name} finds no deleted video", sorted(gone & set(found)))
+        must(ready <= set(found), f"a search of {shelf.name} finds every ready video", sorted(map(str, ready - set(found))))
+        must(not gone & set(found), f"a search of {shelf.name} finds no deleted video", sorted(map(str, gone & set(found))))
         adapter = page["search_pool"]["adapter"]
         self.answers |= {(shelf.name, adapter, text, hit["metadata"]["number"], round(hit["score"], 4)) for hit in page["data"]}
         self.asked += 1

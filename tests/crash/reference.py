@@ -44,7 +44,8 @@ def _score(weights: bytes | None, text: str, number: int) -> float:
 @cache
 def _query(weights: bytes | None, text: str) -> np.ndarray:
     with torch.inference_mode():
-        return BACKBONE.encode_text(BACKBONE.tokenize([text]).ids, _adapter(weights)).numpy()[0]
+        row: np.ndarray = BACKBONE.encode_text(BACKBONE.tokenize([text]).ids, _adapter(weights)).numpy()[0]
+        return row
 
 
 @cache

@@ -3,6 +3,7 @@
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -13,7 +14,7 @@ from indexer.decode import DecodeError, decode
 from indexer.formats import DEMUXERS, HEAD_BYTES, VIDEO_SUFFIXES, looks_like_video
 from service.http.uploads import SNIFF_BYTES, UnsupportedMedia, check_container
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "a.mp4": {},
     "a.mov": {},
     "a.3gp": {"codec": "h263", "size": (176, 144)},

@@ -99,7 +99,8 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).normal(size=(60, DIM))
     vectors = centres[rng.integers(60, size=count)] + 0.4 * rng.normal(size=(count, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    unit: np.ndarray = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    return unit
 
 
 def rows_of(vectors: np.ndarray, first: int = 1) -> list[dict[str, object]]:

@@ -84,7 +84,7 @@ class Call(threading.Thread):
         self, sandbox: Sandbox, path: Path, out: Path, sampling: Sampling = SLOW, check: Callable[[], None] = lambda: None
     ) -> None:
         super().__init__()
-        self.call = lambda: sandbox.decode(path, out, sampling, check)
+        self.call: Callable[[], object] = lambda: sandbox.decode(path, out, sampling, check)
         self.outcome: object = None
         self.start()
 

@@ -1,6 +1,7 @@
 """Snapshots of views: whole and of the right thing, or BadSnapshot; never a crash, never a wrong hit."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_write_that_fails_leaves_the_snapshot_before_it(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         snapshot.write(path, view, FACTS)
     assert [p.name for p in tmp_path.iterdir()] == ["a.view"] and path.read_bytes() == before

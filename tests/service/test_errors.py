@@ -211,7 +211,7 @@ def test_half_a_surrogate_pair_is_a_problem_of_the_client(guest: Tenant) -> None
     ],
 )
 def test_what_there_is_not_is_a_404(guest: Tenant, method: str, path: str, code: str) -> None:
-    body = {"json": {"settings": {}}} if method == "PATCH" else {}
+    body: dict[str, Any] = {"json": {"settings": {}}} if method == "PATCH" else {}
     check_problem(guest.call(method, path.format(name=guest.collection()), **body), 404, code)
 
 
@@ -478,7 +478,7 @@ def test_a_quota_of_bytes_is_kept(client: Any) -> None:
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         whole = uploads._File.take
-        patch.setattr(uploads._File, "take", lambda file, data: taken.append(len(data)) or whole(file, data))
+        patch.setattr(uploads._File, "take", lambda file, data: taken.append(len(data)) or whole(file, data))  # type: ignore[func-returns-value]
         answer = tenant.upload(collection, clip() + bytes(10_000_000))
     check_problem(answer, 403, "quota_exceeded")
     assert sum(taken) < 1_000_000, "it is refused while the bytes come, not after the last of them"

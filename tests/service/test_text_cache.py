@@ -6,7 +6,9 @@ import asyncio
 import threading
 import tracemalloc
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 import pytest
@@ -151,7 +153,7 @@ def test_a_cancelled_task_disturbs_no_other_be_it_the_one_that_computes_or_one_t
     cache = TextCache(10_000)
     entered, opened = threading.Event(), threading.Event()
 
-    def encode(rows: list[int]) -> list[TextVector]:
+    def encode(rows: Sequence[int]) -> list[TextVector]:
         entered.set()
         assert opened.wait(SOON)
         return [entry(row) for row in rows]
@@ -161,7 +163,7 @@ def test_a_cancelled_task_disturbs_no_other_be_it_the_one_that_computes_or_one_t
     assert entered.wait(SOON)
 
     async def ask() -> None:
-        tasks = [asyncio.ensure_future(cache.get_or_run(KEY, lambda row=row: batcher.run(row))) for row in range(1, 5)]
+        tasks = [asyncio.ensure_future(cache.get_or_run(KEY, partial(batcher.run, row))) for row in range(1, 5)]
         while cache.shared < 3:
             await asyncio.sleep(0)
         tasks[1].cancel()  # one that waits
@@ -212,8 +214,8 @@ def test_the_entries_used_last_are_kept_within_the_bytes(asked: list[tuple[int, 
     sizes: OrderedDict[int, int] = OrderedDict()  # a plain reference
     for number, dimensions in asked:
         key = text_key("tenant", None, f"text {number}")
-        computed = []
-        cache.get_or_compute(key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[func-returns-value]
+        computed: list[int] = []
+        cache.get_or_compute(key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[misc, func-returns-value]
         assert bool(computed) == (number not in sizes)
         if computed:
             size = 4 * dimensions + key.text.__sizeof__() + OVERHEAD
@@ -235,7 +237,7 @@ def test_the_bytes_that_are_counted_are_those_that_are_taken() -> None:
     for i in range(number):
         batch = np.zeros((64, 512), np.float32)
         key = text_key("tenant", str(i) * 20, f"a text of a number {i}")
-        cache.get_or_compute(key, lambda rows=batch: TextVector(rows[0], False))
+        cache.get_or_compute(key, partial(TextVector, batch[0], False))
     del batch
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()

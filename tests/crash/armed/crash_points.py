@@ -102,7 +102,8 @@ class _Importer:
         if name not in self._modules:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec: Any = next(spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec: Any = next(spec for spec in specs if spec is not None)
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -137,6 +138,10 @@ def _stop_at(point: Point, function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return passing
+
+
+def _always(value: Any, _: Any) -> Any:
+    return value
 
 
 def _count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
