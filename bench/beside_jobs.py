@@ -45,7 +45,8 @@ def run() -> list[Row]:
         pools.setdefault(query.generation, set()).add(query.adapter)
     if len(pools) != 2 or any(len(adapters) != 1 for adapters in pools.values()):
         raise RuntimeError(f"two generations of one adapter each were expected, not {pools}")
-    rows, first = [], 0.0
+    rows: list[Any] = []
+    first = 0.0
     for phase in dict.fromkeys(query.phase for query in asked):
         times = [query.milliseconds for query in asked if query.phase == phase]
         low, p50, high, p99 = np.percentile(times, (10, 50, 90, 99)).tolist()

@@ -99,7 +99,7 @@ def searches(vectors: NDArray[np.float32], queries: NDArray[np.float32]) -> list
     ]
 
     def plain(index: Any, params: Any = None) -> Callable[[NDArray[np.float32]], Sequence[int]]:
-        return lambda query: index.search(query[None], K, params=params)[1][0].tolist()  # type: ignore[no-any-return]
+        return lambda query: index.search(query[None], K, params=params)[1][0].tolist()
 
     def ours(view: IndexView, videos: set[str] | None = None) -> Callable[[NDArray[np.float32]], Sequence[int]]:
         return lambda query: [hit.seq - 1 for hit in view.search(query, K, videos)]

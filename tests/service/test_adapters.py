@@ -1,6 +1,7 @@
 """An adapter's way: trained from captions, published, activated by a switch, taken back, moved to another collection."""
 
 import sqlite3
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,8 +18,11 @@ def scores(tenant: Tenant, collection: str) -> list[tuple[str, float]]:
     return [(hit["video_id"], hit["score"]) for hit in tenant.search(collection, page_limit=50)["data"]]
 
 
+Trained = tuple[Tenant, str, dict[str, Any], list[tuple[str, float]]]
+
+
 @pytest.fixture(scope="module")
-def trained(server: Server) -> tuple[Tenant, str, dict, list[tuple[str, float]]]:
+def trained(server: Server) -> Trained:
     """A tenant, its collection, the result of its training, and what a search found before."""
     from serving import new_tenant
 
@@ -29,7 +33,7 @@ def trained(server: Server) -> tuple[Tenant, str, dict, list[tuple[str, float]]]
     return tenant, collection, tenant.done(tenant.post(f"/admin/collections/{collection}/adapters", body)), before
 
 
-def test_a_trained_adapter_answers_the_searches(trained: tuple) -> None:
+def test_a_trained_adapter_answers_the_searches(trained: Trained) -> None:
     tenant, collection, result, before = trained
     assert result["activated"] is True and result["adapter_id"].startswith("adp_")
     assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result["metrics"]["before"]["text_to_video"])
@@ -40,7 +44,7 @@ def test_a_trained_adapter_answers_the_searches(trained: tuple) -> None:
     assert scores(tenant, collection) != before
 
 
-def test_its_manifest_says_where_it_came_from(trained: tuple) -> None:
+def test_its_manifest_says_where_it_came_from(trained: Trained) -> None:
     tenant, collection, result, _ = trained
     (listed,) = tenant.get(f"/collections/{collection}/adapters").json()["data"]
     assert listed["active"] and listed["version"] == 1
@@ -50,7 +54,7 @@ def test_its_manifest_says_where_it_came_from(trained: tuple) -> None:
     assert manifest["data"]["train_videos"] + len(manifest["data"]["validation_videos"]) == 12
 
 
-def test_back_to_the_frozen_backbone_and_forth_again(trained: tuple) -> None:
+def test_back_to_the_frozen_backbone_and_forth_again(trained: Trained) -> None:
     tenant, collection, result, before = trained
     after = scores(tenant, collection)
     path = f"/admin/collections/{collection}/activate"
@@ -65,7 +69,7 @@ def test_back_to_the_frozen_backbone_and_forth_again(trained: tuple) -> None:
     tenant.call("DELETE", f"/collections/{collection}/videos/{late}")
 
 
-def test_the_next_adapter_is_set_against_the_one_in_use(trained: tuple) -> None:
+def test_the_next_adapter_is_set_against_the_one_in_use(trained: Trained) -> None:
     tenant, collection, first, _ = trained
     tenant.done(tenant.post(f"/admin/collections/{collection}/activate", {"adapter_id": first["adapter_id"]}))
     body = {"recipe": {**RECIPE, "seed": 7}, "activate": "never"}
@@ -97,7 +101,7 @@ def test_the_gate(wanted: str, after: float, in_use: float | None, activated: bo
     assert wanted != "if_better" or ("-2.0 to +4.0" in reason and f"{after:g}" in reason)
 
 
-def test_weights_move_to_another_collection_and_give_the_same_scores(trained: tuple) -> None:
+def test_weights_move_to_another_collection_and_give_the_same_scores(trained: Trained) -> None:
     tenant, collection, result, _ = trained
     weights = tenant.get(f"/collections/{collection}/adapters/{result['adapter_id']}/weights").content
     assert "vt_adapter_up_share_weight" in safetensors.torch.load(weights)
@@ -108,7 +112,7 @@ def test_weights_move_to_another_collection_and_give_the_same_scores(trained: tu
     assert [s for _, s in scores(tenant, other)] == pytest.approx([s for _, s in scores(tenant, collection)], abs=1e-3)
 
 
-def test_foreign_files_are_no_adapters(trained: tuple) -> None:
+def test_foreign_files_are_no_adapters(trained: Trained) -> None:
     tenant, collection, _, _ = trained
     path = f"/admin/collections/{collection}/adapters/import"
     garbage = tenant.call("POST", path, files={"file": ("a.safetensors", b"garbage" * 100)})
@@ -118,7 +122,7 @@ def test_foreign_files_are_no_adapters(trained: tuple) -> None:
     assert (foreign.status_code, foreign.json()["code"]) == (422, "adapter_mismatch")
 
 
-def test_an_evaluation_gives_recall_both_ways(trained: tuple) -> None:
+def test_an_evaluation_gives_recall_both_ways(trained: Trained) -> None:
     tenant, collection, _, _ = trained
     result = tenant.done(tenant.post(f"/admin/collections/{collection}/evaluate", {"split": "all"}))
     assert result["text_to_video"]["gallery"] == 12 and result["text_to_video"]["queries"] == 24
@@ -134,7 +138,7 @@ def test_too_few_captions_and_bad_recipes_are_refused_at_once(tenant: Tenant) ->
     assert tenant.post(path, role="write").json()["code"] == "role_too_low"
 
 
-def test_a_worse_adapter_is_published_but_not_activated(trained: tuple) -> None:
+def test_a_worse_adapter_is_published_but_not_activated(trained: Trained) -> None:
     """A learning rate of nearly zero with a random start cannot help; `never` is the gate that is sure to stay shut."""
     tenant, collection, result, _ = trained
     body = {"recipe": {**RECIPE, "seed": 7}, "activate": "never"}
@@ -184,7 +188,7 @@ def test_deleting_the_collection_ends_its_training_and_leaves_nothing_of_it(serv
     assert {t["kind"] for t in tenant.get("/tasks").json()["data"]} == {"purge"}
 
 
-def test_searches_go_on_during_a_switch_and_each_names_one_pair(trained: tuple) -> None:
+def test_searches_go_on_during_a_switch_and_each_names_one_pair(trained: Trained) -> None:
     tenant, collection, result, _ = trained
     path = f"/admin/collections/{collection}/activate"
     pools = set()

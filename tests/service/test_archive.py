@@ -626,7 +626,7 @@ def test_an_import_over_http_fails_with_its_reason_and_may_be_run_again(
     task = work(tenant, answer.json()["task_id"])
     assert (task["status"], task["error"]["code"]) == ("failed", "invalid_archive")
     headers = {"Idempotency-Key": "once"}
-    sent = {"files": {"file": ("a.tar", archive.read_bytes())}, "headers": headers}
+    sent: dict[str, Any] = {"files": {"file": ("a.tar", archive.read_bytes())}, "headers": headers}
     answer = tenant.call("POST", "/admin/collections/import", **sent)
     assert tenant.call("POST", "/admin/collections/import", **sent).json() == answer.json()
     services = client.app.state.services

@@ -210,7 +210,7 @@ def test_retention_keeps_the_last_ones_the_frozen_one_and_what_is_shared(worksho
     delete.retain(workshop.storage)
     assert workshop.generations(collection) == before, "searches may still be under way on those that were left just now"
     delete.retain(workshop.storage, settled=0)
-    assert workshop.states(collection) == {None: "retired", **dict.fromkeys(adapters[2:4], "retired"), adapters[4]: "active"}
+    assert workshop.states(collection) == {None: "retired", **dict.fromkeys(adapters[2:4], "retired"), adapters[4]: "active"}  # type: ignore[misc]
     gone = {g.vector_set for g in before} - {g.vector_set for g in workshop.generations(collection)}
     assert len(gone) == 1, "the text one searched the frozen one's"
     assert tables_naming(workshop.storage, *gone) == {"tasks"}, "its vectors went along"

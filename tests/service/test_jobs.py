@@ -345,8 +345,8 @@ def test_events_are_resumed_where_the_client_left_off(workshop: Workshop, monkey
     task, looks, sent = asked(workshop), [], []
     path = f"/tasks/{task.id}/events"
     look, send = routes._task, routes._show
-    monkeypatch.setattr(routes, "_task", lambda *of: looks.append(time.monotonic()) or look(*of))
-    monkeypatch.setattr(routes, "_show", lambda house, of: sent.append(of.revision) or send(house, of))
+    monkeypatch.setattr(routes, "_task", lambda *of: looks.append(time.monotonic()) or look(*of))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(routes, "_show", lambda house, of: sent.append(of.revision) or send(house, of))  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(2) as pool:
         fresh = pool.submit(workshop.guest.call, "GET", path)
         wait_for("two looks with nothing new", lambda: len([at for at in looks if at > looks[0] + 0.2]) > 1)
@@ -430,7 +430,7 @@ def flows(engine: Jobs, task: Task) -> list[tuple[str, str]]:
 
 def test_a_task_is_run_once_though_it_is_enqueued_twice(shop: Workshop, engine: Jobs, does: Any) -> None:
     runs: list[str] = []
-    does(lambda shift, task, report: runs.append(task.id) or {})
+    does(lambda shift, task, report: runs.append(task.id) or {})  # type: ignore[func-returns-value]
     task = asked(shop)
     for _ in range(2):
         engine.enqueue(task)
@@ -461,7 +461,7 @@ def test_the_next_try_is_a_workflow_of_its_own(
 
 def test_the_sweep_finds_what_no_queue_knows_and_what_the_engine_gave_up(shop: Workshop, engine: Jobs, does: Any) -> None:
     runs: list[str] = []
-    does(lambda shift, task, report: runs.append(task.id) or {})
+    does(lambda shift, task, report: runs.append(task.id) or {})  # type: ignore[func-returns-value]
     lost, broken, deadly = (asked(shop) for _ in range(3))
     engine._enqueue("run_task", "quick", broken.id, shop.tenant, ())  # without its arguments it breaks
     wait_for("it to break", lambda: flows(engine, broken) == [("", "ERROR")])

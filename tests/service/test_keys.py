@@ -41,7 +41,7 @@ def test_an_address_that_guesses_waits_and_good_keys_go_on(tmp_path: Path) -> No
         guest = new_tenant(client)  # none of whose keys has been used yet
         made = client.post(f"/admin/tenants/{guest.name}/keys", json={"role": "search"}, headers=ROOT).json()
         client.delete(f"/admin/tenants/{guest.name}/keys/{made['id']}", headers=ROOT)
-        limit = client.app.state.services.storage.settings.wrong_keys
+        limit = client.app.state.services.storage.settings.wrong_keys  # type: ignore[attr-defined]
         statuses = [client.get("/collections", headers={"X-API-Key": f"pc_{i}_x"}).status_code for i in range(limit + 1)]
         assert statuses == [401] * limit + [429]
         answer = client.get("/collections", headers={"X-API-Key": "pc_other_x"})

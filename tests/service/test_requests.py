@@ -303,7 +303,7 @@ def test_when_every_connection_to_the_database_is_in_use_the_answer_is_a_503(tmp
         guest = new_tenant(client)
         with ExitStack() as held:
             for _ in range(4):
-                held.enter_context(client.app.state.services.storage.database.read())
+                held.enter_context(client.app.state.services.storage.database.read())  # type: ignore[attr-defined]
             answer = guest.call("GET", "/collections")
         problem = check_problem(answer, 503, "overloaded")
         assert answer.headers["Retry-After"] and "database" in problem["detail"]

@@ -50,7 +50,7 @@ class House:
         self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
         size = AdapterStack.slot_bytes(self.encoder.backbone.dims, 16)
         self.parts.close()
-        limits = {"adapter_bytes": (room + 1) * size, "adapter_max_rank": 24}
+        limits: dict[str, Any] = {"adapter_bytes": (room + 1) * size, "adapter_max_rank": 24}
         self.parts = Parts.over(Settings(data=folder, threads=1, **limits, **settings))
         self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
         self.searcher = Searcher(self.storage, self.encoder)

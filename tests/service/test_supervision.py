@@ -141,7 +141,7 @@ def test_the_api_answers_while_its_worker_dies_again_and_again_and_then_jobs_go_
                 pid = wait_for("a worker", server.worker)
                 assert os.getpgid(pid) == pid, "Ctrl-C reaches the API alone"
                 os.kill(pid, signal.SIGKILL)
-                wait_for("its death", lambda pid=pid: server.worker() != pid)
+                wait_for("its death", lambda pid=pid: server.worker() != pid)  # type: ignore[misc]
             tenant.all_ready(collection, uploads)
         finally:
             over.set()

@@ -61,7 +61,7 @@ def adapter_file(client: Any) -> bytes:
     return adapters_store.pack(shape, backbone.fingerprint, tensors)
 
 
-ROUTES = [
+ROUTES: list[tuple[str, str, Any]] = [
     ("GET", "/collections/{collection}", None),
     ("PATCH", "/collections/{collection}", {"settings": {}}),
     ("DELETE", "/collections/{collection}", None),

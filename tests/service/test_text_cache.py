@@ -215,7 +215,7 @@ def test_the_entries_used_last_are_kept_within_the_bytes(asked: list[tuple[int, 
     for number, dimensions in asked:
         key = text_key("tenant", None, f"text {number}")
         computed: list[int] = []
-        cache.get_or_compute(key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[misc, func-returns-value]
+        cache.get_or_compute(key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[misc]
         assert bool(computed) == (number not in sizes)
         if computed:
             size = 4 * dimensions + key.text.__sizeof__() + OVERHEAD

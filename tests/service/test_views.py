@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import threading
 import time
@@ -216,8 +218,8 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
         "the file is begun": (snapshot, "write"),
         "it is brought up to date": (segment_rows, "searched_sets"),
         "the copy": (IndexView, "dump"),
-        "the sum": (snapshot.hashlib, "sha256"),
-        "the renaming": (snapshot.os, "replace"),
+        "the sum": (hashlib, "sha256"),
+        "the renaming": (os, "replace"),
     }
     owner, name = place[before]
     really = getattr(owner, name)
@@ -229,7 +231,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
         return really(*arguments)
 
     held = threading.Event()
-    world.views.beside(lambda: held.wait(60) and None)
+    world.views.beside(lambda: None if held.wait(60) else None)
     world.open()
     monkeypatch.setattr(owner, name, deleted_first)
     held.set()
@@ -243,7 +245,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
 def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.add(world.home, 30)
     held, really = threading.Event(), segment_rows.drop_vectors
-    world.views.beside(lambda: held.wait(60) and None)
+    world.views.beside(lambda: None if held.wait(60) else None)
     world.open()
     monkeypatch.setattr(world.views, "_prune", lambda: None)  # as if the process died before
 
@@ -366,7 +368,7 @@ def test_another_tenant_gets_none_of_it(world: World) -> None:
 def test_searches_that_open_a_view_at_once_open_it_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.add(world.home, 200)
     opened, really = [], world.views._open
-    monkeypatch.setattr(world.views, "_open", lambda key: (opened.append(key), time.sleep(0.05), really(key))[-1])
+    monkeypatch.setattr(world.views, "_open", lambda key: (opened.append(key), time.sleep(0.05), really(key))[-1])  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: world.open(), range(32)))
     assert len(opened) == 1 and len({id(view) for view in found}) == 1

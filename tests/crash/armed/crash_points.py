@@ -84,7 +84,7 @@ def install() -> None:
     if any(point.when == "committed" for point in mine):
         wrappers[WRITE] = [_notice_commit]
     for constant, value in CONSTANTS.items():
-        wrappers[constant] = [lambda _, value=value: value]
+        wrappers[constant] = [functools.partial(_always, value)]
     sys.meta_path.insert(0, _Importer(wrappers))
     for function in wrappers:
         if (module := sys.modules.get(function.split(":")[0])) is not None:
