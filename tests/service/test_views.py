@@ -231,7 +231,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
         return really(*arguments)
 
     held = threading.Event()
-    world.views.beside(lambda: None if held.wait(60) else None)
+    world.views.beside(lambda: (held.wait(60), None)[1])
     world.open()
     monkeypatch.setattr(owner, name, deleted_first)
     held.set()
@@ -245,7 +245,7 @@ def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
 def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.add(world.home, 30)
     held, really = threading.Event(), segment_rows.drop_vectors
-    world.views.beside(lambda: None if held.wait(60) else None)
+    world.views.beside(lambda: (held.wait(60), None)[1])
     world.open()
     monkeypatch.setattr(world.views, "_prune", lambda: None)  # as if the process died before
 
