@@ -39,7 +39,7 @@ class DamagedAdapter(InvalidAdapter):
 
 
 class RankTooLarge(InvalidAdapter):
-    """The adapter is of a rank that would slow down everybody's searches, and no setting allows it."""
+    """The adapter's rank is above the largest that the settings allow: it would slow down all searches."""
 
 
 class AdapterMismatch(ValueError):

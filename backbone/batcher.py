@@ -65,13 +65,13 @@ class Batcher(Generic[Row, Result]):
 
     Semantics: each batch takes one row of every group in turn until `limit` is reached, and the next batch goes on with
     the group whose turn it is: the first row of a group waits for the batch that runs and for one row of each other group.
-    A row starts at once where the thread is idle: rows gather while a batch runs, and an added wait for more of them did
-    not pay (`tests/backbone/test_batcher.py` has the figures).
+    A row starts at once where the thread is idle; rows gather while a batch runs. Waiting for more rows was measured and is
+    slower (`tests/backbone/test_batcher.py` has the figures).
 
-    Every future is settled, whatever happens. A batch that fails is halved until the rows that are at fault stand alone:
-    they get the exception (its `__context__` leads to the first one), the others their results.
+    Every future is settled, whatever happens. A batch that fails is halved until the failing rows are alone: they get
+    the exception (its `__context__` leads to the first one), the others their results.
 
-    To be read by metrics, all counted since the start: `batches`, `rows`, `batch_sizes` (batches by rows, bounds `SIZES`),
+    For metrics, counted since the start: `batches`, `rows`, `batch_sizes` (batches by rows, bounds `SIZES`),
     `failures` (calls of `encode` that raised), `refused`, `expired`, `cancelled` (while waiting).
     """
 
@@ -195,7 +195,7 @@ class Batcher(Generic[Row, Result]):
         batch, started = self._batch, time.monotonic()
         try:
             self._encode_and_settle(batch)
-        except BaseException as error:  # SystemExit and its like: whoever waits for these rows must not wait for ever
+        except BaseException as error:  # SystemExit and the like: the callers of these rows would wait for ever
             log.error("encoding was interrupted", exc_info=error)
             for waiting in batch:
                 _settle(waiting.ticket, _failed("encoding was interrupted", error))
@@ -226,13 +226,13 @@ class Batcher(Generic[Row, Result]):
                     waiting.ticket.set_result(result)
 
     def _withdraw(self, group: str, ticket: Future[Result]) -> None:
-        """A cancelled row gives its place in the queue back."""
+        """Takes a cancelled row out of the queue."""
         with self._wake:
             if ticket in self._groups.get(group, ()):
                 self._remove(group, ticket)
 
     def _remove(self, group: str, ticket: Future[Result]) -> bool:
-        """Out of the queue; False for a cancelled row, and `concurrent.futures.wait` knows of it only from here."""
+        """Takes a row out of the queue. False for a cancelled one, which is told to `concurrent.futures.wait` here."""
         self._weight -= self._groups[group].pop(ticket).weight
         self._depth -= 1
         if not self._groups[group]:
@@ -249,7 +249,7 @@ class Batcher(Generic[Row, Result]):
         return weight * self._recent_seconds / self._recent_weight
 
     def _abandon(self, error: Callable[[], Exception]) -> None:
-        """Ends it: every row that waits or runs gets an error of its own."""
+        """Closes the batcher: every row that waits or runs gets an error."""
         with self._wake:
             self._closed = True
             waits = [(group, waiting) for group, queue in self._groups.items() for waiting in queue.values()]

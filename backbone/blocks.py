@@ -33,8 +33,8 @@ def run_blocks(
     """x (B, T, d), or (N, d) of a packing, through a tower's blocks from `first` on; (B, 1, d) where `pool` (B,) says which
     token is wanted.
 
-    Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block. In the last block only the pooled token asks
-    and is carried on: what the others would become, nobody reads.
+    Semantics: x + A(attn(ln_1(x))), then x + A(mlp(ln_2(x))), block by block. The last block computes
+    the pooled token only: the others are not used after it.
     """
 
     def adapted(h: Tensor, place: int) -> Tensor:
@@ -56,7 +56,7 @@ def run_blocks(
 
 
 def _token(x: Tensor, position: Tensor | None, packing: Packing | None) -> Tensor:
-    """x (B, T, d) → (B, 1, d) at `position` (B,), which is each text's end in a packing; x itself where it is None."""
+    """x (B, T, d) → (B, 1, d) at `position` (B,), or at the text's end in a packing; x itself where `position` is None."""
     if position is None:
         return x
     return (x[torch.arange(len(x), device=x.device), position] if packing is None else x[packing.last]).unsqueeze(1)

@@ -1,12 +1,12 @@
 """One launch for a whole forward pass: `encode_text` and `encode_frames` captured as CUDA graphs.
 
 On a GPU a small batch waits for Python, which launches its several hundred kernels one by one. A graph launches them all at
-once, but always the same ones on the same memory. So a batch is rounded up to one of a few sizes, each with buffers and a graph
-of its own: rows that are added are of slot 0 and read by nobody, tokens that are added stand behind the end of every text,
-where causal attention does not look. The slots of the stack are read on the device: a slot may be written between two batches.
+once, but always the same ones on the same memory. So a batch is padded to one of a few sizes, each with buffers and a graph of
+its own: rows that are added have slot 0 and are cut off the result; tokens that are added come after the end of every text,
+which causal attention does not read. The slots are read on the device, so a slot may be written between two batches.
 
-On a CPU, and for a size whose capture fails, the same buffers are filled and the forward is called. That is how it was tested,
-and on fake tensors of a GPU: the capture itself has not yet run on one. `pytest -m gpu` says what must hold there.
+On a CPU, and for a size whose capture fails, the same buffers are filled and the forward is called without a graph. The tests
+run that way, and on fake tensors of a GPU; `pytest -m gpu` holds what is expected of a real one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Graphs:
         return 3, self._backbone.image_size, self._backbone.image_size
 
     def _slots(self, adapters: Adapters, rows: int) -> Tensor | None:
-        """(rows,) slots; None where the backbone has to see for itself what is asked."""
+        """(rows,) slots; None where the backbone itself must encode or refuse them."""
         if adapters is None:
             return torch.zeros(rows, dtype=torch.int64)
         if not isinstance(adapters, Slots) or adapters.stack is not self._stack or len(adapters.index) != rows:

@@ -128,9 +128,9 @@ def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: tor
 
 @contextmanager
 def _hub() -> Iterator[None]:
-    """Within it the hub's client looks only into its cache, if the hub gives no answer in HUB_SECONDS.
+    """Inside, the hub's client uses only its cache if the hub does not answer within HUB_SECONDS.
 
-    Raises ConnectionError for what then fails for want of the hub.
+    Raises ConnectionError for what then fails without the hub.
     """
     answered = threading.Event()
 
@@ -178,7 +178,7 @@ def _lacks(name: str, error: ModuleNotFoundError) -> BackboneNotFound:
 
 
 class _quiet:
-    """open_clip warns that random weights are random, and logs what it then raises; whoever asks is told in one line."""
+    """Silences open_clip's log: what it warns of is intended, and what it raises is told in one line."""
 
     def __enter__(self) -> None:
         self._level = logging.getLogger().level

@@ -135,7 +135,7 @@ class Backbone:
     ) -> Tensor:
         """tokens (B, L) int64 → (B, embed_dim) float32, unnormalised.
 
-        `prefix`, from `text_prefix` of the same tokens, stands for the first layers. `recompute` keeps no activations
+        `prefix`, from `text_prefix` of the same tokens, replaces the first layers. `recompute` keeps no activations
         inside the blocks for the backward pass. Raises ValueError if a sequence of adapters, or slots, has not B entries.
         """
         tokens = self.trim(tokens)
@@ -206,9 +206,9 @@ class Backbone:
         return Prefix(run_blocks(x, blocks[:layers], self._linear, None, None, pool=pool), layers)
 
     def unfrozen(self) -> tuple[Backbone, dict[str, Tensor]]:
-        """A copy of its own whose weights take gradients, all but logit_scale, and those weights by name.
+        """A copy whose weights take gradients, all but logit_scale, and those weights by name.
 
-        The baseline that adapters are measured against; its fingerprint is none.
+        For full fine-tuning, the baseline of the adapters; its fingerprint is `unfrozen`.
         """
         twin = copy.copy(self)
         twin._model = copy.deepcopy(self._model)
@@ -276,11 +276,11 @@ class Backbone:
         return stacked(distinct, torch.tensor(index, device=self.device))
 
     def _text_token(self, tokens: Tensor) -> Tensor | None:
-        """(B,) the token that stands for each text; None where the tower pools otherwise."""
+        """(B,) position of the token that is the text's vector; None where the tower pools otherwise."""
         return self._ends(tokens) if self._text_pool in ("argmax", "eos") else None
 
     def _frame_token(self, x: Tensor) -> Tensor | None:
-        """(N,) zeros: the class token stands for its frame; None where the tower pools otherwise."""
+        """(N,) zeros, the class token's position; None where the tower pools otherwise."""
         single = self._visual.attn_pool is None and self._visual.pool_type == "tok"
         return torch.zeros(len(x), dtype=torch.int64, device=x.device) if single else None
 

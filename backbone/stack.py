@@ -81,7 +81,7 @@ class AdapterStack:
 
     Different ranks, shared rows and scopes stand side by side: rows beyond an adapter's rank are zero. For inference: the
     stack holds copies, so no gradient reaches an adapter through it, and a backward pass over a batch in which a slot was
-    written since raises. Who writes a slot must know that nobody reads it: `adapters_store.Residency` counts the readers.
+    written since raises. A slot may be written only while no batch reads it: `adapters_store.Residency` counts the readers.
     Raises ValueError for fewer than two slots, and for a rank below 1 or above the narrower tower's width.
     """
 
@@ -149,8 +149,8 @@ class AdapterStack:
         return Adapter(visual=self._single("visual", slot), text=self._single("text", slot))
 
     def rows(self, tower: str, index: Tensor) -> TowerAdapter | StackedTower | None:
-        """What gives row b the adapter in slot index[b] (B,) int64: None where none changes this tower, plain products with
-        the views of a slot where all rows have the same. Raises IndexError for a slot that the stack has not.
+        """Applies to row b the adapter in slot index[b], (B,) int64: None where none changes this tower; plain products
+        where all rows have the same slot. Raises IndexError for a slot that the stack has not.
         """
         asked = index.tolist()
         if not self.has(index):
@@ -162,8 +162,8 @@ class AdapterStack:
         return StackedTower(self._blocks[tower], index.to(self.device), max(ranks[slot] for slot in distinct))
 
     def whole(self, tower: str, index: Tensor) -> StackedTower:
-        """`rows` for slots that the host does not look at: index (B,) int64 on the device may change, and each of its slots
-        too, and the same kernels on the same memory (a CUDA graph) compute what is there by then.
+        """`rows` for a CUDA graph: index (B,) int64 on the device and the slots may change after the capture, and each
+        replay computes what they hold then. The host does not read them, so all ranks are computed.
         """
         return StackedTower(self._blocks[tower], index, self.rank)
 

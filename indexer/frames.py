@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backbone import to_pixels
-from indexer.decode import LARGEST_FRAME, DecodedVideo
+from indexer.media import LARGEST_FRAME, DecodedVideo
 
 # a byte that changed may name another compression, a password or a place beyond the end
 UNREADABLE = (

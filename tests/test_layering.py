@@ -46,7 +46,9 @@ def test_imports_point_one_way(package: str) -> None:
         assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
 
 
-@pytest.mark.parametrize("module", ["indexer/index.py", "indexer/decode.py", "indexer/sandbox.py"])
+@pytest.mark.parametrize(
+    "module", ["indexer/index.py", "indexer/decode.py", "indexer/sandbox.py", "indexer/sandbox_child.py", "indexer/survey.py"]
+)
 def test_index_and_decoder_know_no_torch(module: str) -> None:
     names = imports(ROOT / module)
     assert not {name for name in names if name.split(".")[0] in ("torch", "open_clip", "backbone")}

@@ -63,7 +63,7 @@ import os, resource, sys
 from pathlib import Path
 from typing import Any
 from indexer.decode import decode
-from indexer.sandbox import import_decoders
+from indexer.sandbox_child import import_decoders
 import_decoders("pyav")
 if os.geteuid() == 0:  # root is exempt
     os.setgroups([])

@@ -66,9 +66,9 @@ def alive(pid: int) -> bool:
 
 
 def zygote_of(sandbox: Sandbox) -> int:
-    wait_for(lambda: sandbox._zygote)
-    assert sandbox._zygote is not None
-    return sandbox._zygote.pid
+    wait_for(lambda: sandbox._child)
+    assert sandbox._child is not None
+    return sandbox._child.pid
 
 
 def fork_of(sandbox: Sandbox) -> int:
@@ -134,7 +134,7 @@ def test_a_fork_has_nothing_left_to_import(small: Path, out: Path) -> None:
 import sys
 from pathlib import Path
 from indexer.decode import decode
-from indexer.sandbox import import_decoders
+from indexer.sandbox_child import import_decoders
 import_decoders("pyav")
 assert len(list(Path("/proc/self/task").iterdir())) == 1
 before = set(sys.modules)
@@ -323,7 +323,7 @@ def test_a_call_that_is_no_longer_wanted_ends_its_decoding_at_once(
 
 EVIL = """
 import os, sys, time
-import indexer.sandbox as sandbox
+import indexer.sandbox_child as sandbox
 from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
 
 def decode(path, out, sampling, decoder):
