@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from backbone import Adapter, Backbone, mean_pool, q_score
 from training.dataset import Clips, Pair
+from training.recipe import Pooling
 
 BATCH_FRAMES = 96
 BATCH_TEXTS = 64
 SCORE_TEXTS, SCORE_FRAMES = 1024, 16_384  # of one call of q_score, which takes some multiples of their product in floats
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 PERCENTILES = (2.5, 97.5)
-
-Pooling = Literal["q_score", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +292,7 @@ def evaluate(
 def _similarities(texts: Tensor, frames: Tensor, temperature: float, pooling: Pooling) -> NDArray[np.float32]:
     """texts (Q, D), frames (V, F, D) → (Q, V), block by block: q_score takes rows · columns · F floats."""
     similarity = np.empty((len(texts), len(frames)), np.float32)
-    rows, columns = 1024, max(1, 16_384 // frames.shape[1])
+    rows, columns = SCORE_TEXTS, max(1, SCORE_FRAMES // frames.shape[1])
     for i in range(0, len(texts), rows):
         for j in range(0, len(frames), columns):
             text, video = texts[i : i + rows], frames[j : j + columns]

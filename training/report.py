@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cycler import cycler
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -55,6 +55,9 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 RANK_BINS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+PAGES = Environment(
+    loader=PackageLoader("training", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
 def write_report(
@@ -86,8 +89,7 @@ def write_report(
         *([_rank_plot(measured)] if measured else []),
     ]
     own = [name for name, found in measured.items() if not found.bank_queries]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    html = page.render(
+    html = PAGES.get_template("report.html").render(
         title=title,
         facts=facts,
         metrics=METRICS,
@@ -286,138 +288,3 @@ SVG_STYLE = (
     "svg.plot{color:#2b2f36;stroke-linejoin:round;stroke-linecap:butt}"
     "@media(prefers-color-scheme:dark){svg.plot{color:#d5d9e0}}"
 )
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ground: #fff; --ink: #1d2127; --quiet: #5d6673; --line: #dfe3e8; --wash: #f5f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14171b; --ink: #e4e7ec; --quiet: #9aa4b2; --line: #2d333b; --wash: #1c2026; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 66rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; font-weight: 650; margin: 0 0 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; font-weight: 650; margin: 3rem 0 .75rem; }
-p, figcaption, caption { color: var(--quiet); font-size: .9rem; }
-p { max-width: 44rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .9rem 1.5rem; margin: 0; }
-dt { color: var(--quiet); font-size: .8rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin-bottom: 2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .5rem; }
-caption b { color: var(--ink); font-size: 1rem; margin-right: .5rem; }
-th, td { padding: .5rem .75rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-top: 1px solid var(--line); }
-th { font-weight: 500; }
-thead th { color: var(--quiet); font-size: .85rem; border-top: 0; width: 12%; }
-thead th:first-child { width: auto; min-width: 8rem; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere; }
-td small { display: block; color: var(--quiet); font-size: .78rem; }
-th.apart { color: var(--quiet); font-size: .85rem; font-weight: 400; padding-top: 1.25rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem; }
-svg.plot { width: 100%; height: auto; max-width: 40rem; }
-ol { list-style: none; margin: 0; padding: 0; }
-li { display: grid; grid-template-columns: 7rem 1fr 1fr; gap: 1.25rem; padding: 1.1rem 0; border-top: 1px solid var(--line); }
-.rank { font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.rank small { display: block; color: var(--quiet); font-size: .78rem; }
-.side { display: grid; grid-template-columns: 9rem 1fr; gap: 1rem; min-width: 0; }
-.side div { min-width: 0; overflow-wrap: anywhere; }
-.side small { display: block; color: var(--quiet); font-size: .78rem; }
-.side img, .none { width: 9rem; height: 6.75rem; object-fit: cover; border-radius: 4px; background: var(--wash); }
-.none { display: grid; place-items: center; color: var(--quiet); font-size: .78rem; }
-@media (max-width: 56rem) { li { grid-template-columns: 1fr; } .rank small { display: inline; } }
-@media print { li, tr, svg { break-inside: avoid; } }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-{% if facts %}
-<dl>
-{% for name, value in facts.items() %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}
-</dl>
-{% endif %}
-{% if directions %}
-<h2>Retrieval</h2>
-{% for table in directions %}
-<div class="wide" tabindex="0" role="region" aria-label="{{ table.name }}">
-<table>
-<caption><b>{{ table.name }}</b> {{ table.queries }} {{ table.of }}, gallery of {{ table.gallery }}</caption>
-<thead><tr><th scope="col">System</th>
-{% for metric in metrics %}
-<th scope="col">{{ metric }}</th>
-{% endfor %}
-<th scope="col">gain in R@1</th></tr></thead>
-{% for rows in (table.own, table.bank) if rows %}
-<tbody>
-{% if rows is sameas table.bank %}
-<tr><th scope="rowgroup" class="apart" colspan="{{ metrics | length + 2 }}">With a query bank (QB-Norm): ranks also use other \
-captions, so these rows stand apart from those above</th></tr>
-{% endif %}
-{% for name, cells, gained in rows %}
-<tr><th scope="row">{{ name }}</th>
-{% if cells is none %}
-<td colspan="{{ metrics | length + 1 }}">not measured</td>
-{% else %}
-{% for value, interval in cells %}
-<td>{{ value }}<small>{{ interval }}</small></td>
-{% endfor %}
-<td>{% if gained %}{{ '%+.1f' | format(gained.mean) }}<small>{{ '%+.1f' | format(gained.low) }} – \
-{{ '%+.1f' | format(gained.high) }}</small>{% endif %}</td>
-{% endif %}
-</tr>
-{% endfor %}
-</tbody>
-{% endfor %}
-</table>
-</div>
-{% endfor %}
-<p>R@k: per cent of queries whose own item is among the first k. MdR, MnR: median and mean rank, 1 is best. Ties count in
-expectation. Small figures: 95 % intervals, a bootstrap over videos, each with all of its captions. The gain over the first
-system is paired: both systems answer the same resampled queries. Intervals do not cover the training seed.</p>
-{% endif %}
-{% if plots %}
-<h2>Plots</h2>
-<div class="plots">
-{% for plot in plots %}
-{{ plot }}
-{% endfor %}
-</div>
-{% endif %}
-{% if failures %}
-<h2>Worst queries of {{ judged }}</h2>
-<ol>
-{% for failure in failures %}
-<li>
-<div class="rank">{{ failure.rank }}<small> of {{ failure.gallery }}</small></div>
-{% for pair, picture, role in ((failure.pair, failure.picture, 'asked for'), \
-(failure.instead, failure.instead_picture, 'found first instead')) %}
-<div class="side">
-{% if picture %}
-<img src="{{ picture }}" alt="{{ role }}: a frame of {{ pair.video }}">
-{% else %}
-<div class="none">no picture</div>
-{% endif %}
-<div><small>{{ role }}</small>{{ pair.text if pair else 'a video without captions' }}
-{% if pair %}<small>{{ pair.video }}</small>{% endif %}</div>
-</div>
-{% endfor %}
-</li>
-{% endfor %}
-</ol>
-{% endif %}
-</main>
-</body>
-</html>
-"""

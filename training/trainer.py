@@ -248,7 +248,7 @@ def cross_validate(
     folds = min(folds, len(videos) // 2)
     if folds < 2:
         return None
-    short = replace(recipe, steps=max(1, steps // folds), evaluations=1)
+    short = recipe.model_copy(update={"steps": max(1, steps // folds), "evaluations": 1})
     found: list[tuple[Trained, list[str]]] = []
     for fold in range(folds):
         report({"event": "cross_validation", "step": fold, "steps": folds})

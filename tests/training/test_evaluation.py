@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from backbone import Backbone, load_backbone, mean_pool, q_score
 from training import evaluation
@@ -246,12 +247,20 @@ def backbone() -> Backbone:
 def test_a_gallery_is_read_and_scored_batch_by_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "SCORE_TEXTS", 7)
     monkeypatch.setattr(evaluation, "SCORE_FRAMES", 36)
+    blocks: list[tuple[int, int]] = []
+
+    def score(texts: Tensor, frames: Tensor, temperature: float) -> Tensor:
+        blocks.append((len(texts), len(frames)))
+        return q_score(texts, frames, temperature)
+
+    monkeypatch.setattr(evaluation, "q_score", score)
     clips = Recorded()
     backwards = range(30, 20, -1)
     pairs = [Pair(clip, f"caption {i} of a night in {clip}", f"video-{clip // 2}") for clip in backwards for i in (1, 2)]
     found = evaluate(backbone, None, clips, pairs, 5.0)
-    assert max(len(rows) for rows in clips.asked) * 12 <= BATCH_FRAMES
+    assert max(len(rows) for rows in clips.asked) * 12 <= BATCH_FRAMES < 10 * 12
     assert [row for rows in clips.asked for row in rows] == list(range(21, 31))
+    assert blocks == [(texts, videos) for texts in (7, 7, 6) for videos in (3, 3, 3, 1)]
     assert found.similarity.shape == (20, 10)
     assert found.targets[:4] == (9, 9, 8, 8)
     assert found.groups[:2] == ("video-15", "video-15")

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from backbone import TowerDims
 from training.recipe import InvalidRecipe, Recipe
@@ -27,11 +28,18 @@ def test_a_recipe_survives_its_json() -> None:
         ({"scope": "audio"}, "scope"),
         ({"scope": 3}, "scope"),
         ({"validation": 1.0}, "validation"),
+        ({"learning_rate": 10**400}, "learning_rate"),
+        ({"preset": ["paper"]}, "preset"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, object], name: str) -> None:
     with pytest.raises(InvalidRecipe, match=name):
         Recipe.of(fields)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().rank = 4  # type: ignore[misc]
 
 
 def test_one_tower_shares_nothing() -> None:

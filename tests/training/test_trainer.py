@@ -155,15 +155,15 @@ def test_captions_that_are_all_the_same_are_told(backbone: Backbone) -> None:
     ids=["gradient caching", "uneven parts", "recomputed activations"],
 )
 def test_less_memory_gives_the_same_adapter(backbone: Backbone, change: dict[str, Any]) -> None:
-    recipe = replace(RECIPE, steps=3)
+    recipe = RECIPE.model_copy(update=dict(steps=3))
     whole = train(backbone, colours(), recipe, quiet)
-    small = train(backbone, colours(), replace(recipe, **change), quiet)
+    small = train(backbone, colours(), recipe.model_copy(update=change), quiet)
     for name in whole.final:
         torch.testing.assert_close(small.final[name], whole.final[name], atol=2e-5, rtol=1e-3)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_losses(backbone: Backbone, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, steps=12, evaluations=3)
+    recipe = RECIPE.model_copy(update=dict(steps=12, evaluations=3))
     whole = train(backbone, colours(), recipe, quiet)
     steps: list[int] = []
     events: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_losses(backbone:
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
-    other = replace(RECIPE, steps=2, seed=7)
+    other = RECIPE.model_copy(update=dict(steps=2, seed=7))
     assert equal(train(backbone, colours(), other, quiet, folder=tmp_path), train(backbone, colours(), other, quiet))
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(backbone: Backbone, tmp_path: 
 def test_only_the_last_layers_learn_and_their_cached_prefix_changes_nothing(
     backbone: Backbone, tmp_path: Path, last: int
 ) -> None:
-    recipe = replace(RECIPE, steps=3, layers=last)
+    recipe = RECIPE.model_copy(update=dict(steps=3, layers=last))
     cached = train(backbone, colours(), recipe, quiet, scratch=tmp_path)
     for name, tensor in train(backbone, colours(), recipe, quiet).final.items():
         torch.testing.assert_close(cached.final[name], tensor, atol=2e-5, rtol=1e-3)
@@ -234,7 +234,7 @@ def test_only_the_last_layers_learn_and_their_cached_prefix_changes_nothing(
 
 def test_full_fine_tuning_changes_a_copy_and_leaves_the_backbone(backbone: Backbone, tmp_path: Path) -> None:
     before = backbone._fingerprint()
-    recipe = replace(RECIPE, method="full", learning_rate=1e-3)
+    recipe = RECIPE.model_copy(update=dict(method="full", learning_rate=1e-3))
     losses: list[float] = []
     trained = train(backbone, colours(), recipe, lambda e: losses.append(e["loss"]) if e["event"] == "step" else None)
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
@@ -254,7 +254,7 @@ def test_full_fine_tuning_changes_a_copy_and_leaves_the_backbone(backbone: Backb
 def test_half_precision_gives_nearly_the_gradient_of_single_precision(backbone: Backbone) -> None:
     gradients = []
     for precision in ("float32", "bfloat16"):
-        recipe = replace(RECIPE, precision=precision, batch_size=3, frames=1)
+        recipe = RECIPE.model_copy(update=dict(precision=precision, batch_size=3, frames=1))
         shape, data = recipe.shape(backbone.dims), colours(1)
         tensors = {name: tensor.requires_grad_() for name, tensor in shape.initial(0).items()}
         learner = Learner(backbone, shape, tensors, recipe)
@@ -290,14 +290,14 @@ def test_adam_without_bias_correction_is_its_equation() -> None:
 
 
 def test_a_run_of_one_step_has_one(backbone: Backbone) -> None:
-    trained = train(backbone, colours(2), replace(RECIPE, steps=1), quiet)
+    trained = train(backbone, colours(2), RECIPE.model_copy(update=dict(steps=1)), quiet)
     assert [point["step"] for point in trained.metrics["curve"]] == [0, 1]
 
 
 def test_few_held_out_queries_are_no_evidence_and_folds_tell_more(backbone: Backbone) -> None:
     """With 30 captions 4 are held out: the folds ask all 30, at the price of as many steps again."""
     events: list[dict[str, Any]] = []
-    recipe = replace(RECIPE, steps=10)
+    recipe = RECIPE.model_copy(update=dict(steps=10))
     trained = train(backbone, colours(), recipe, events.append, folds=5)
     alone = train(backbone, colours(), recipe, quiet)
     assert trained.metrics["not_enough_evidence"] is alone.metrics["not_enough_evidence"] is True
@@ -313,13 +313,13 @@ def test_few_held_out_queries_are_no_evidence_and_folds_tell_more(backbone: Back
 def test_enough_held_out_queries_need_no_folds(backbone: Backbone) -> None:
     many = colours()
     pairs = tuple(Pair(pair.clip, f"{pair.text} {i}", pair.video) for pair in many.pairs for i in range(10))
-    trained = train(backbone, replace(many, pairs=pairs), replace(RECIPE, steps=2), quiet, folds=5)
+    trained = train(backbone, replace(many, pairs=pairs), RECIPE.model_copy(update=dict(steps=2)), quiet, folds=5)
     assert trained.metrics["after"]["text_to_video"]["queries"] >= MINIMUM_QUERIES
     assert not {"not_enough_evidence", "cross_validation"} & set(trained.metrics)
 
 
 def test_a_run_whose_time_is_over_ends_with_the_best_that_it_has(backbone: Backbone, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, steps=1_000_000)
+    recipe = RECIPE.model_copy(update=dict(steps=1_000_000))
     with pytest.raises(Stopped):
         train(backbone, colours(2), recipe, quiet, folder=tmp_path, stop=lambda: True)
     trained = train(backbone, colours(2), recipe, quiet, folder=tmp_path, seconds=1e-9)
