@@ -24,7 +24,7 @@ from bench.serving import BACKBONE
 from bench.timing import Row
 from indexer.index import IndexView, use_one_thread
 from service.adapters.encoder import Encoder
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.search.views import Views
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows

@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.timing import Row
 from service.adapters.encoder import Encoder
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.jobs.queue import QUEUES
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows

@@ -14,7 +14,7 @@ import torch
 from backbone import q_score
 from bench.timing import Row, compare
 from service.adapters.encoder import Encoder
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import collection_rows, segment_rows, tenant_rows

@@ -155,7 +155,7 @@ def fill(
     import adapters_store
     from backbone import AdapterShape
     from service.adapters import train
-    from service.cli.local import Parts
+    from service.cli.parts import Parts
     from service.settings import Settings
     from service.storage import collection_rows, generation_rows, keys, segment_rows, tenant_rows
     from service.videos import video_rows

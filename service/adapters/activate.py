@@ -143,7 +143,7 @@ def _round(
             return generation_rows.generation(connection, tenant, row["id"])
 
         generation = standing(adapter_id, standing(None).id if scope == "text" else None)
-        missing = [v.id for v in segment_rows.missing_vectors(connection, tenant, collection_id, generation.vector_set)]
+        missing = segment_rows.missing_vectors(connection, tenant, collection_id, generation.vector_set)
         if not missing and generation.state != "active":
             collection_rows.switch(connection, tenant, collection_id, generation.id)
         elif generation.state == "retired":

@@ -30,10 +30,12 @@ from service.adapters.activate import Spread, Superseded
 from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
 from service.jobs import task_rows
+from service.jobs.kinds import JobFailed, TurnOver
 from service.jobs.supervisor import without_root_key
 from service.jobs.task_rows import Task
 from service.storage import collection_rows, generation_rows, rows, segment_rows
 from service.storage.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
+from service.storage.faults import ERRNO
 from service.storage.storage import Storage
 from service.storage.tables import now
 from service.videos import video_rows
@@ -50,6 +52,7 @@ log = structlog.get_logger()
 MINIMUM_VIDEOS = 10
 GRACE, GRACE_SECONDS = 1.5, 600.0  # a training is waited for so much longer than its steps may take: decoding, folds
 TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
+MAY_PASS = ("io_error", "in_use", "stopped")  # codes of the training process
 OUT_OF_MEMORY = (  # in the words of torch, oneDNN, Python, C++
     "out of memory",
     "can't allocate memory",
@@ -64,20 +67,12 @@ class TooFewCaptions(ValueError):
     """The collection has not enough captioned videos to train on."""
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(JobFailed):
     """The training process ended without an adapter; `code` and the message are its own words."""
 
     def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
-class TurnOver(RuntimeError):
-    """The training has stopped at a checkpoint, for another tenant's that waits."""
-
-
-class Cancelled(RuntimeError):
-    """The task was cancelled by its owner."""
+        lasts = code == "io_error" and any(os.strerror(number) in detail for number in ERRNO)
+        super().__init__(code, detail, code in MAY_PASS, lasts)
 
 
 def check_captions(connection: Any, tenant: str, collection_id: str) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -28,6 +27,7 @@ from service.adapters import adapter_rows, train
 from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
 from service.cli import files
+from service.cli.parts import Parts
 from service.http.uploads import InvalidUpload, label
 from service.http.videos import parse_captions, renew
 from service.jobs import task_rows
@@ -44,7 +44,6 @@ from service.storage.tables import new_id, now
 from service.storage.tenant_rows import Tenant
 from service.videos import index, video_rows
 from service.videos.captions import MAX_CAPTIONS
-from service.videos.decoders import Decoders
 from service.videos.video_rows import Caption, Video
 from training.source import Source
 
@@ -59,26 +58,6 @@ class NoDataFolder(LookupError):
 
 class _Stopped(Exception):
     """Indexing is to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a command works with in its own process."""
-
-    storage: Storage
-    encoder: Encoder
-    decoders: Decoders
-
-    @classmethod
-    def over(cls, settings: Settings, decoder: Decoder = "pyav") -> Parts:
-        storage = Storage(settings)
-        storage.prepare()
-        return cls(storage, Encoder(storage), Decoders(settings, decoder))
-
-    def close(self) -> None:
-        self.encoder.close()
-        self.decoders.close()
-        self.storage.close()
 
 
 @contextmanager

@@ -62,9 +62,9 @@ def worker(
     queues: Annotated[str, typer.Option(help="which queues to take jobs from")] = "index,reembed,train",
 ) -> None:
     """Run a worker alone."""
+    from service.cli.worker import run
     from service.jobs.queue import GROUPS
     from service.jobs.supervisor import without_root_key
-    from service.jobs.worker import run
 
     if (variables := without_root_key(os.environ)) != dict(os.environ):  # gone only from what a new program is given
         os.execve(sys.executable, [sys.executable, "-m", "service.cli", *sys.argv[1:]], variables)

@@ -59,7 +59,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
     if root_key is not None:
         console.print(f"operator's key, shown only now: {root_key}", style="bold", markup=False)
     console.print(f"serving {url} · documentation {url}/docs", markup=False)
-    supervisor = Supervisor(settings) if worker else None
+    supervisor = Supervisor(settings, "service.cli.worker") if worker else None
     if supervisor is not None:
         supervisor.start()
     app = create_app(settings, encoder)

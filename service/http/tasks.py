@@ -22,11 +22,12 @@ from service.http.answers import TaskOut, TaskPage, TaskStatus
 from service.http.auth import PROBLEMS, Anyone, CanWrite, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
 from service.jobs import task_rows
-from service.jobs.run import CANCELLED
-from service.jobs.task_rows import OPEN, Task
+from service.jobs.kinds import CANCELLED
+from service.jobs.task_rows import Task
 from service.storage import collection_rows, keys
 from service.storage.keys import InvalidKey
 from service.storage.rows import NotFound
+from service.storage.tables import OPEN
 from service.videos import video_rows
 
 router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], responses=PROBLEMS)

@@ -23,6 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from adapters_store import durable
 from service.jobs import task_rows
+from service.jobs.kinds import JobFailed
 from service.jobs.task_rows import Task
 from service.settings import Settings
 from service.storage import facts
@@ -111,9 +112,10 @@ class Jobs:
         ended: dict[str, Any] = {}
         for workflow in workflows:
             flow = known.get(workflow)
-            if flow is None or flow.status not in ACTIVE:
-                broke = flow is not None and flow.status == "ERROR"
-                ended[workflow] = {"code": None, "detail": str(flow and flow.error)} if broke else flow and flow.output
+            if flow is not None and flow.status == "ERROR":
+                ended[workflow] = JobFailed("worker_failed", str(flow.error), may_pass=True).to_json()
+            elif flow is None or flow.status not in ACTIVE:
+                ended[workflow] = flow and flow.output
         return ended
 
     def withdraw_chunks(self, task: str) -> None:

@@ -22,7 +22,9 @@ STOP_SECONDS = 9.0
 class Supervisor:
     """Keeps one worker alive. The child ends when this process does, even by kill -9."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, module: str) -> None:
+        """`module`: what Python runs as the worker."""
+        self._module = module
         self._environment = {**without_root_key(os.environ), **environment(settings)}
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: float | None = None
@@ -67,7 +69,7 @@ class Supervisor:
 
     def _life(self) -> int | str:
         """Of one child: how it ended, or why it could not begin."""
-        command = [sys.executable, "-m", "service.jobs.worker", "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", self._module, "--parent", str(os.getpid())]
         try:
             self._child = subprocess.Popen(  # in a group of its own: Ctrl-C is for the API, which tells the worker
                 command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0

@@ -9,9 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, delete, func, insert, select, update
 
 from service.storage.rows import NotFound, Page, page, record
-from service.storage.tables import new_id, now, tasks
-
-OPEN = ("queued", "running")
+from service.storage.tables import OPEN, new_id, now, tasks
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
-"""A worker process: `python -m service.worker`, or `polyclip worker`."""
+"""A worker: takes jobs out of its queues, gives signs of life, and looks after what others have left."""
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -11,9 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -21,19 +17,14 @@ from dbos import DBOS, DBOSConfig
 from dbos._serialization import DBOSPortableJSON
 
 from adapters_store import durable
-from service.adapters.encoder import Encoder
 from service.jobs import task_rows
-from service.jobs.queue import DEAD_SECONDS, GROUPS, QUEUES, VERSION, Jobs, rescue, sweep
-from service.jobs.run import Shift
+from service.jobs.queue import DEAD_SECONDS, QUEUES, VERSION, Jobs, rescue, sweep
+from service.jobs.run import Runner
 from service.logs import configure
 from service.settings import Settings
 from service.storage import facts
-from service.storage.storage import Storage
 from service.storage.tables import now
-from service.upkeep import delete
-from service.videos.decoders import Decoders
 
-PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 30
 HEARTBEAT_SECONDS = 5.0
 SWEEP_SECONDS = 60.0
@@ -45,17 +36,13 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """Takes jobs from its queues until `stop` is called. `name` must be its alone, and stable: under it, jobs that a crash
-    left are taken up again at once."""
+    """Takes jobs from its queues until `drain` is called. `name` must be its alone, and stable: under it, DBOS takes up again
+    at once the jobs that a crash left. `tidy`: what is to be done every hour."""
 
-    def __init__(self, settings: Settings, queues: Sequence[str], name: str) -> None:
-        self.storage = Storage(settings)
-        self.storage.prepare()
-        self.encoder = Encoder(self.storage)
-        self.decoders = Decoders(settings)
-        self.jobs = Jobs(settings)
-        self.shift = Shift(self.storage, self.encoder, self.decoders, self.jobs)
-        self._queues, self._name = queues, name
+    def __init__(self, runner: Runner, jobs: Jobs, queues: Sequence[str], name: str, tidy: Callable[[], object]) -> None:
+        self.runner, self.jobs = runner, jobs
+        self.storage = runner.storage
+        self._queues, self._name, self._tidy = queues, name, tidy
         self._steady_since = time.monotonic()  # since when no sign of life has failed or come late
 
     def launch(self) -> None:
@@ -75,7 +62,7 @@ class Worker:
 
         @DBOS.step(name="run")
         def run(tenant: str, task_id: str, tries: int) -> dict[str, Any] | None:
-            return self.shift.run(tenant, task_id, tries)
+            return self.runner.run(tenant, task_id, tries)
 
         @DBOS.workflow(name="run_task", max_recovery_attempts=None)
         def run_task(tenant: str, task_id: str, tries: int) -> None:
@@ -87,7 +74,7 @@ class Worker:
 
         @DBOS.workflow(name="fill_chunks", max_recovery_attempts=None)
         def fill_chunks(tenant: str, task_id: str, generation: str, chunks: list[list[str]]) -> dict[str, Any] | None:
-            return self.shift.fill(tenant, task_id, generation, chunks)
+            return self.runner.fill(tenant, task_id, generation, chunks)
 
         DBOS.listen_queues(self._queues)
         DBOS.launch()
@@ -103,7 +90,7 @@ class Worker:
 
     def watch(self, stop: threading.Event) -> None:
         """Signs of life, and sweeps on a thread of their own, until `stop` is set."""
-        threading.Thread(target=self._keep_house, name="house", daemon=True).start()
+        threading.Thread(target=self._look_after, name="sweeps", daemon=True).start()
         last = time.monotonic()
         while not stop.wait(HEARTBEAT_SECONDS):
             self._guarded("heartbeat_failed", self._beat)
@@ -113,29 +100,29 @@ class Worker:
 
     def drain(self) -> None:
         """What runs stops at its next report; after `DRAIN_SECONDS` what is left is put back as it stands."""
-        log.info("worker_stopping", worker=self._name, running=len(self.shift.running))
-        self.shift.stop()
+        log.info("worker_stopping", worker=self._name, running=len(self.runner.running))
+        self.runner.stop()
         deadline = time.monotonic() + DRAIN_SECONDS
-        while not self.shift.at_rest() and time.monotonic() < deadline:
+        while not self.runner.at_rest() and time.monotonic() < deadline:
             time.sleep(0.05)
-        for child in self.shift.trainers.copy():
+        for child in self.runner.children.copy():
             child.kill()
-        for task in list(self.shift.running.values()):
-            self._guarded("not_given_back", partial(self.shift.give_back, task))
+        for task in list(self.runner.running.values()):
+            self._guarded("not_given_back", partial(self.runner.give_back, task))
         self._guarded("not_given_back", lambda: self.jobs.give_up(self._name))
         self._guarded("not_given_back", self._leave)
 
-    def _keep_house(self) -> None:
+    def _look_after(self) -> None:
         tidied: float | None = None
-        while not self.shift.stopping.is_set():
+        while not self.runner.stopping.is_set():
             self._guarded("sweep_failed", lambda: sweep(self.storage, self.jobs))
             if time.monotonic() - self._steady_since > DEAD_SECONDS:
                 self._guarded("sweep_failed", lambda: rescue(self.storage, self.jobs))
             if tidied is None or time.monotonic() - tidied > TIDY_SECONDS:
                 tidied = time.monotonic()
-                self._guarded("cleanup_failed", lambda: delete.sweep(self.storage))
+                self._guarded("cleanup_failed", self._tidy)
                 self._guarded("cleanup_failed", self._forget)
-            self.shift.stopping.wait(SWEEP_SECONDS)
+            self.runner.stopping.wait(SWEEP_SECONDS)
 
     def _forget(self) -> None:
         with self.storage.database.write() as connection:
@@ -150,7 +137,7 @@ class Worker:
         with self.storage.database.write() as connection:
             facts.worker_gone(connection, self._name)
 
-    def _guarded(self, event: str, act: Callable[[], None]) -> None:
+    def _guarded(self, event: str, act: Callable[[], object]) -> None:
         """A locked or vanished database, or a fault of ours, must not end the worker's loop."""
         try:
             act()
@@ -159,24 +146,8 @@ class Worker:
             log.warning(event, error=f"{type(error).__name__}: {error}", exc_info=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--parent", type=int, help="end when this process, our parent, has died")
-    parser.add_argument("--queues", default=",".join(GROUPS))
-    arguments = parser.parse_args()
-    os.umask(0o077)  # as of the command line
-    if arguments.parent is not None:
-        os.nice(10)
-        with suppress(OSError):  # where memory runs out, the API is the last to go
-            Path("/proc/self/oom_score_adj").write_text("300")
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != arguments.parent:
-            sys.exit(0)
-    run(Settings(), arguments.queues.split(","))
-
-
-def run(settings: Settings, groups: Sequence[str]) -> None:
-    """Works until SIGTERM, which drains; a second one ends it at once.
+def run(settings: Settings, queues: Sequence[str], make: Callable[[Settings, Sequence[str], str], Worker]) -> None:
+    """Works until SIGTERM, which drains; a second one ends it at once. `make` is given the queues and the worker's name.
 
     Of one name only one worker may run, on SQLite only one at all: another one waits for the first to end, then gives up.
     """
@@ -200,7 +171,7 @@ def run(settings: Settings, groups: Sequence[str]) -> None:
             sys.exit(f"another worker runs on this data folder: {hint}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
-        worker = Worker(settings, [queue for group in groups for queue in GROUPS[group]], name)
+        worker = make(settings, queues, name)
         worker.launch()
         worker.watch(stop)
         last = threading.Timer(END_SECONDS, os._exit, (0,))
@@ -208,7 +179,3 @@ def run(settings: Settings, groups: Sequence[str]) -> None:
         last.start()
         worker.drain()
         os._exit(0)  # jobs that have not stopped end where they are: what they have done is in the rows
-
-
-if __name__ == "__main__":
-    main()

@@ -7,9 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, case, delete, distinct, exists, func, insert, or_, select, update
 
-from service.jobs.task_rows import OPEN
 from service.storage.rows import NotFound, Page, page, record
-from service.storage.tables import adapters, collections, generations, new_id, now, segments, tasks, videos
+from service.storage.tables import OPEN, adapters, collections, generations, new_id, now, segments, tasks, videos
 
 ACTIVATING = ("activate", "train_adapter")  # kinds of tasks that build generations
 

@@ -8,13 +8,12 @@ from typing import Any
 from sqlalchemy import BindParameter, ColumnElement, Connection, and_, bindparam, delete, exists, func, insert, select
 
 from service.storage.collection_rows import lock_collection
-from service.storage.rows import NotFound, among, record
+from service.storage.rows import NotFound, among
 from service.storage.tables import collections, generations, segments, videos
-from service.videos.video_rows import Video
 
 
-def missing_vectors(connection: Connection, tenant: str, collection: str, vector_set: str) -> list[Video]:
-    """Ready videos of the collection that have no vectors in the set."""
+def missing_vectors(connection: Connection, tenant: str, collection: str, vector_set: str) -> list[str]:
+    """Ids of ready videos of the collection that have no vectors in the set."""
     mine = and_(
         videos.c.tenant_id == tenant,
         videos.c.collection_id == collection,
@@ -22,8 +21,7 @@ def missing_vectors(connection: Connection, tenant: str, collection: str, vector
         videos.c.deleted_at.is_(None),
     )
     held = select(segments.c.video_id).where(segments.c.vector_set == vector_set)
-    query = select(videos).where(mine, videos.c.id.not_in(held)).order_by(videos.c.id)
-    return [record(Video, row) for row in connection.execute(query).mappings()]
+    return list(connection.scalars(select(videos.c.id).where(mine, videos.c.id.not_in(held)).order_by(videos.c.id)))
 
 
 def _in_set(tenant: str | BindParameter[str], vector_set: str | BindParameter[str]) -> ColumnElement[bool]:

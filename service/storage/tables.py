@@ -179,6 +179,8 @@ segments = Table(
     sqlite_autoincrement=True,  # a sequence number is never given twice
 )
 
+OPEN = ("queued", "running")  # a task that has not ended
+
 tasks = Table(
     "tasks",
     metadata,

@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, insert, or_, select
 
-from service.jobs.task_rows import OPEN, add_task
+from service.jobs.task_rows import add_task
 from service.storage.collection_rows import lock_collection
 from service.storage.generation_rows import generations_of
-from service.storage.tables import adapters, captions, collections, generations, segments, tasks, videos
+from service.storage.tables import OPEN, adapters, captions, collections, generations, segments, tasks, videos
 from service.videos.video_rows import lock_video, set_video, videos_by_id
 
 _without_video = captions.c.video_id.not_in(select(videos.c.id))

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, or_, select, tuple_
 
-from service.jobs.task_rows import OPEN
 from service.storage.rows import among
 from service.storage.tables import (
+    OPEN,
     adapters,
     api_keys,
     captions,

@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 import adapters_store
 from service.adapters import adapter_rows, train
 from service.adapters.encoder import Encoder
+from service.jobs.kinds import JobFailed
 from service.jobs.task_rows import Task
 from service.settings import settings_json
 from service.storage import collection_rows, facts, generation_rows, tenant_rows
@@ -40,14 +41,6 @@ VERIFYING = 0.3  # share of an import's progress
 
 class ArchiveOfOtherBackbone(ValueError):
     """The archive's vectors and adapters were made with another backbone than the one at hand."""
-
-
-class ImportFailed(RuntimeError):
-    """An import as a task has ended with nothing; `code` and the message say why."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 CODES: dict[type[Exception], str] = {
@@ -158,7 +151,7 @@ def import_for_task(
 ) -> dict[str, Any]:
     """The job of an import over HTTP; it may be run again after a crash. `start`: for videos that have yet to be indexed.
 
-    Raises ImportFailed.
+    Raises JobFailed.
     """
     collection = _collection_of(task)
     with storage.database.read() as connection:
@@ -173,7 +166,7 @@ def import_for_task(
             wish = {"name": task.request["collection"], "re_embed": task.request["re_embed"]}
             done = import_archive(storage, encoder, decoders, tenant, path, collection=collection, progress=progress, **wish)
     except tuple(CODES) as error:
-        raise ImportFailed(CODES[type(error)], str(error)) from error
+        raise JobFailed(CODES[type(error)], str(error)) from error
     for video in done.queued:
         start(video)
     return done.to_json()

@@ -16,7 +16,7 @@ from client import TEXTS, Client, Shelf, must
 from reference import score
 from serving import clip
 
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.settings import Settings
 from service.upkeep import delete
 from service.upkeep.fsck import Fsck

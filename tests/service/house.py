@@ -16,7 +16,7 @@ from backbone import AdapterShape
 from service.adapters import activate as generations
 from service.adapters import train
 from service.adapters.adapter_rows import AdapterVersion
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows

@@ -202,7 +202,7 @@ class Server:
 
     def worker(self) -> int | None:
         """The process id of the embedded worker, None while there is none."""
-        return next((pid for pid, command in self.processes().items() if "service.jobs.worker" in command), None)
+        return next((pid for pid, command in self.processes().items() if "service.cli.worker" in command), None)
 
     def files_of(self, *ids: str) -> list[str]:
         """The stored files that are some video's; `rglob` would stumble over a folder that is being removed."""

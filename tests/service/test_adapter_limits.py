@@ -7,15 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 from serving import new_tenant
-from workshop import Workshop
+from workshop import Workshop, runner
 
 import adapters_store
 from adapters_store import Fit, InvalidAdapter, pack
 from backbone import AdapterShape, TowerDims
 from service.adapters import train as learning
-from service.adapters.train import TurnOver
 from service.jobs import task_rows
-from service.jobs.run import TURN_WAITS, Report, Shift
+from service.jobs.kinds import TurnOver
+from service.jobs.run import TURN_WAITS, Report
 from service.jobs.task_rows import Task
 
 
@@ -143,7 +143,7 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
         return {}
 
     monkeypatch.setattr(learning, "train_adapter", train)
-    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
+    shift = runner(workshop)
     first, second, theirs = asked(workshop), asked(workshop), asked(other)
     assert shift.run(workshop.tenant, first.id) is not None, "it comes back into the queue"
     with workshop.storage.database.read() as connection:
@@ -158,7 +158,7 @@ def test_trainings_take_turns_by_tenant(workshop: Workshop, monkeypatch: pytest.
 def test_a_tenant_whose_training_never_comes_holds_up_nobody(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Workshop(new_tenant(workshop.guest.client))
     monkeypatch.setattr(learning, "train_adapter", lambda *_: {})
-    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
+    shift = runner(workshop)
     first, second = asked(workshop), asked(workshop)
     shift.run(workshop.tenant, first.id)
     asked(other)
@@ -173,7 +173,7 @@ def test_a_training_tells_what_is_left_from_its_first_step(workshop: Workshop) -
     task = asked(workshop)
     with workshop.storage.database.write() as connection:
         task_rows.start_task(connection, workshop.tenant, task.id)
-    report = Report(Shift(workshop.storage, workshop.encoder, workshop.decoders), task)
+    report = Report(runner(workshop), task)
     report._last = 0.0
     report(learning.TRAINING * 1 / 100_000, "step 1 of 100000")
     assert workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"] is not None

@@ -17,14 +17,13 @@ from house import House
 from serving import ROOT_KEY, Server, Tenant, clip, new_tenant
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
-from workshop import decoders_of
+from workshop import runner
 
 import backbone
 from service.adapters import adapter_rows
 from service.app import create_app
 from service.cli.main import app
 from service.jobs import task_rows
-from service.jobs.run import Shift
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows
 from service.storage.blobs import frames_key, thumbnail_key, video_key
@@ -548,7 +547,7 @@ def work(tenant: Tenant, task: str) -> Any:
     services = tenant.client.app.state.services
     with services.storage.database.read() as connection:
         owner = tenant_rows.tenant_named(connection, tenant.name).id
-    Shift(services.storage, services.encoder, decoders_of(services.storage.settings)).run(owner, task)
+    runner(services).run(owner, task)
     return tenant.get(f"/tasks/{task}").json()
 
 

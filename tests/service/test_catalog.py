@@ -102,7 +102,7 @@ def test_vectors_are_stored_once_and_a_deletion_is_a_tombstone_with_a_later_numb
     vectors = collection.active_generation_id
     with database.write() as connection:
         video_rows.set_video(connection, tenant.id, video, status="ready")
-        assert [v.id for v in segment_rows.missing_vectors(connection, tenant.id, collection.id, vectors)] == [video]
+        assert segment_rows.missing_vectors(connection, tenant.id, collection.id, vectors) == [video]
         for _ in range(2):
             segment_rows.add_segments(connection, tenant.id, video, vectors, [row(0), row(1)])
         assert segment_rows.missing_vectors(connection, tenant.id, collection.id, vectors) == []

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from serving import ROOT, Tenant, clip, new_database, new_tenant
 from sqlalchemy import Connection, event, insert, select, update
-from workshop import Workshop, application
+from workshop import Workshop, application, runner
 
 from service.adapters import activate
 from service.jobs import task_rows
-from service.jobs.run import Shift
 from service.storage import collection_rows, facts, generation_rows
 from service.storage.blobs import frames_key, video_key
 from service.storage.storage import Storage
@@ -336,9 +335,7 @@ def test_tasks_of_what_was_deleted_end_quietly(workshop: Workshop) -> None:
     assert {workshop.task(answer).status for answer in answers} == {"cancelled"}
     workshop.work()
     for task in tasks:
-        Shift(workshop.storage, workshop.encoder, workshop.decoders).run(
-            workshop.tenant, task.id
-        )  # the engine may still hand them out
+        runner(workshop).run(workshop.tenant, task.id)  # the engine may still hand them out
     assert workshop.open_tasks() == []
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from backbone import Graphs
 from service.adapters.encoder import Encoder
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.settings import Settings
 
 

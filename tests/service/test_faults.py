@@ -19,7 +19,7 @@ from disks import Power, break_disk, full, small_disk
 from serving import ROOT, ROOT_KEY, clip, new_tenant, wait_for
 from sqlalchemy import event, text, update
 from starlette.testclient import TestClient
-from workshop import Workshop
+from workshop import Workshop, runner
 
 from adapters_store import describe, pack, read, write
 from backbone import AdapterShape, TowerDims
@@ -27,10 +27,9 @@ from service.adapters import adapter_rows, train
 from service.adapters.train import TrainingFailed
 from service.app import create_app
 from service.cli.doctor import examine
-from service.cli.local import Parts
 from service.cli.mistakes import explain
+from service.cli.parts import Parts
 from service.jobs import task_rows
-from service.jobs.run import Shift
 from service.search import views
 from service.search.query import Searcher
 from service.settings import Settings
@@ -122,7 +121,7 @@ def test_a_video_whose_frames_find_no_room_waits_for_it(cramped: Workshop, disk:
     collection = cramped.guest.collection()
     answer = cramped.guest.upload(collection, clip(5, seconds=3.0))
     task, before = cramped.task(answer), files(cramped)
-    shift, tries = Shift(cramped.storage, cramped.encoder, cramped.decoders), cramped.storage.settings.job_tries
+    shift, tries = runner(cramped), cramped.storage.settings.job_tries
     with cramped.storage.database.write() as connection:  # the journal keeps its room, the folders have none
         connection.execute(text("create table room as select randomblob(1000000) as bytes"))
         connection.execute(text("drop table room"))
@@ -150,9 +149,7 @@ def test_a_training_whose_checkpoint_finds_no_room_waits_for_it(
             raise TrainingFailed("io_error", said)  # its process tells it in words
 
         monkeypatch.setattr(train, "train_adapter", fails)
-        again = Shift(cramped.storage, cramped.encoder, cramped.decoders).run(
-            cramped.tenant, task.id, cramped.storage.settings.job_tries
-        )
+        again = runner(cramped).run(cramped.tenant, task.id, cramped.storage.settings.job_tries)
         assert (again is not None) == goes_on
 
 
@@ -226,7 +223,7 @@ def test_what_a_client_was_promised_survives_a_power_failure(tmp_path: Path, mon
     video = answer.json()["video_id"]
     with reopened(after_upload / "new" / "data") as parts:
         assert parts.storage.blobs.get(video_key(collection_id, video)) == clip(13)
-        Shift(parts.storage, parts.encoder, parts.decoders).run(tenant, answer.json()["task_id"])
+        runner(parts).run(tenant, answer.json()["task_id"])
         with parts.storage.database.read() as connection:
             assert video_rows.video(connection, tenant, video).status == "ready"
             assert video_rows.video(connection, tenant, gone)
@@ -236,7 +233,7 @@ def test_what_a_client_was_promised_survives_a_power_failure(tmp_path: Path, mon
     with reopened(after_delete / "new" / "data") as parts, parts.storage.database.read() as connection:
         assert list(video_rows.videos_by_id(connection, tenant, [gone, video])) == [video]
     with reopened(after_archive / "new" / "data") as parts:
-        Shift(parts.storage, parts.encoder, parts.decoders).run(tenant, moved.json()["task_id"])
+        runner(parts).run(tenant, moved.json()["task_id"])
         with parts.storage.database.read() as connection:
             copied = collection_rows.collection_named(connection, tenant, "copy")
             assert sum(collection_rows.counts(connection, tenant, copied.id).values()) == 1

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from serving import clip
-from workshop import Workshop
+from workshop import Workshop, runner
 
 import adapters_store
 from backbone import AdapterShape
 from service.adapters import activate as generations
 from service.adapters import train
-from service.adapters.train import Cancelled
 from service.jobs import task_rows
-from service.jobs.run import Shift
+from service.jobs.kinds import Cancelled
 from service.storage import generation_rows
 from service.storage.blobs import frames_key, video_key
 from service.storage.rows import NotFound
@@ -349,7 +348,7 @@ def trained(workshop: Workshop, collection: str, rival: str | None, activate: st
 def test_a_training_that_died_while_its_generation_was_built_does_not_train_again(workshop: Workshop) -> None:
     collection, _ = workshop.filled(range(3))  # without captions: it could not
     task = trained(workshop, collection, None, "if_better")
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     ended = workshop.guest.get(f"/tasks/{task.id}").json()
     assert ended["status"] == "succeeded" and ended["result"]["activated"], ended
     assert "20" in ended["result"]["reason"] and ended["result"]["embedded"] == 3
@@ -360,7 +359,7 @@ def test_an_adapter_is_not_activated_over_one_that_it_was_not_compared_with(work
     collection, _ = workshop.filled([1])
     task = trained(workshop, collection, None, "if_better")
     workshop.activate(collection, workshop.adapter(collection, 1))
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     result = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     assert not result["activated"] and "compared" in result["reason"]
 
@@ -369,7 +368,7 @@ def test_a_switch_by_hand_that_comes_after_the_verdict_counts(workshop: Workshop
     collection, _ = workshop.filled([1])
     task = trained(workshop, collection, None, "always")
     workshop.activate(collection, None)
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     result = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     assert not result["activated"] and "later" in result["reason"]
     assert workshop.guest.search(collection)["search_pool"]["adapter"] is None
@@ -406,7 +405,7 @@ def test_an_activation_that_was_asked_for_before_a_training_ended_does_not_undo_
     collection, _ = workshop.filled([1])
     by_hand = workshop.ask(collection, workshop.adapter(collection, 1))
     task = trained(workshop, collection, None, "always")
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     made = workshop.guest.get(f"/tasks/{task.id}").json()["result"]
     result = workshop.done(by_hand)
     assert made["activated"] and not result["activated"] and task.id in result["reason"]

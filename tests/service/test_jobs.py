@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import obstore
@@ -20,7 +21,7 @@ from dbos import DBOS
 from serving import ROOT_KEY, clip, new_tenant, wait_for
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
-from workshop import Workshop
+from workshop import Workshop, runner
 
 from adapters_store import LeaseTimeout
 from backbone import BackboneNotFound
@@ -28,10 +29,11 @@ from indexer.frames import DamagedFrames
 from service.adapters import activate
 from service.adapters.train import TooFewCaptions, TrainingFailed
 from service.app import create_app
+from service.cli.worker import KINDS, make
 from service.http import tasks as routes
 from service.jobs import queue, run, task_rows
 from service.jobs.queue import Jobs, rescue, sweep
-from service.jobs.run import Report, Shift
+from service.jobs.run import Report, Runner
 from service.jobs.supervisor import environment
 from service.jobs.task_rows import Task
 from service.jobs.worker import Worker
@@ -40,9 +42,10 @@ from service.storage import collection_rows, facts
 from service.storage.blobs import BlobMissing
 from service.storage.rows import NotFound
 from service.storage.storage import Storage
+from service.storage.tables import OPEN
 from service.videos import video_rows
 
-Job = Callable[[Shift, Task, Report], Any]
+Job = Callable[[Runner, Task, Report], Any]
 
 
 @pytest.fixture
@@ -50,8 +53,9 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], None]:
     """Makes `evaluate` and `index_video` a job of the test's own."""
 
     def make(job: Job) -> None:
-        monkeypatch.setitem(run.KINDS, "evaluate", job)
-        monkeypatch.setitem(run.KINDS, "index_video", job)
+        for kind in ("evaluate", "index_video"):
+            stand_in = replace(KINDS.by_name[kind], run=lambda parts, *rest: job(*rest))
+            monkeypatch.setitem(KINDS.by_name, kind, stand_in)
 
     return make
 
@@ -105,7 +109,7 @@ def started(workshop: Workshop, task: Task, times: int = 1) -> None:
 def test_what_may_pass_is_tried_again_later(workshop: Workshop, does: Any, error: Exception) -> None:
     does(raises(error))
     task = asked(workshop)
-    again = Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=2)
+    again = runner(workshop).run(workshop.tenant, task.id, tries=2)
     assert again is not None and again["tries"] == 3 and 7 <= again["seconds"] <= 23
     now = state(workshop, task)
     assert (now.status, now.attempts, now.error) == ("queued", 0, None) and "tried again" in now.message
@@ -129,7 +133,7 @@ def test_what_may_pass_is_tried_again_later(workshop: Workshop, does: Any, error
 def test_what_will_not_pass_fails_at_once(workshop: Workshop, does: Any, error: Exception, code: str) -> None:
     does(raises(error))
     task = asked(workshop)
-    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id) is None
+    assert runner(workshop).run(workshop.tenant, task.id) is None
     now = state(workshop, task)
     assert (now.status, (now.error or {})["code"]) == ("failed", code)
 
@@ -138,17 +142,15 @@ def test_the_last_try_fails_the_task_and_its_video_with_the_reason(workshop: Wor
     does(raises(ConnectionResetError("the store is gone")))
     task = asked(workshop, "index_video")
     most = workshop.storage.settings.job_tries
-    assert (
-        Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most - 1) is not None
-    )
-    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) is None
+    assert runner(workshop).run(workshop.tenant, task.id, tries=most - 1) is not None
+    assert runner(workshop).run(workshop.tenant, task.id, tries=most) is None
     error = state(workshop, task).error or {}
     assert error["code"] == "worker_failed" and "the store is gone" in error["detail"] and f"{most} times" in error["detail"]
     assert (video_of(workshop, task).status, video_of(workshop, task).error) == ("failed", error)
 
 
 def test_a_start_that_got_further_than_all_before_has_all_its_tries_again(workshop: Workshop, does: Any) -> None:
-    def job(shift: Shift, task: Task, report: Report) -> None:
+    def job(shift: Runner, task: Task, report: Report) -> None:
         report._last = 0.0
         report(0.7, "on")
         raise ConnectionResetError
@@ -156,31 +158,27 @@ def test_a_start_that_got_further_than_all_before_has_all_its_tries_again(worksh
     does(job)
     task = asked(workshop)
     most = workshop.storage.settings.job_tries
-    assert (Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) or {})[
-        "tries"
-    ] == 2
-    assert Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id, tries=most) is None, (
-        "not further than before"
-    )
+    assert (runner(workshop).run(workshop.tenant, task.id, tries=most) or {})["tries"] == 2
+    assert runner(workshop).run(workshop.tenant, task.id, tries=most) is None, "not further than before"
 
 
 def test_a_task_that_kills_its_worker_again_and_again_fails(workshop: Workshop) -> None:
     task = asked(workshop, "index_video")
     started(workshop, task, times=3)
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     now = state(workshop, task)
     assert (now.status, (now.error or {})["code"]) == ("failed", "job_killed_worker")
     assert video_of(workshop, task).status == "failed"
     other = asked(workshop, "index_video")
     started(workshop, other, times=2)
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, other.id)
+    runner(workshop).run(workshop.tenant, other.id)
     assert state(workshop, other).status == "succeeded"
 
 
 def test_progress_clears_of_suspicion_and_never_falls(workshop: Workshop, does: Any) -> None:
     seen = []
 
-    def job(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
+    def job(shift: Runner, task: Task, report: Report) -> dict[str, Any]:
         for share in (0.5, 0.2):
             report._last = 0.0
             report(share, f"at {share}")
@@ -190,13 +188,13 @@ def test_progress_clears_of_suspicion_and_never_falls(workshop: Workshop, does: 
     does(job)
     task = asked(workshop)
     started(workshop, task, times=2)
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     assert seen == [(0.5, 1), (0.5, 1)]
 
 
 def test_of_tasks_that_ran_when_their_worker_died_one_is_started_at_a_time(workshop: Workshop, does: Any) -> None:
     at_once: list[int] = []
-    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
+    shift = runner(workshop)
 
     def job(*_: Any) -> dict[str, Any]:
         at_once.append(len(shift.running))
@@ -226,7 +224,7 @@ def test_a_suspect_that_has_run_for_a_while_holds_up_no_other(
     tasks = [asked(workshop) for _ in range(2)]
     for task in tasks:
         started(workshop, task)
-    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
+    shift = runner(workshop)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda task: shift.run(workshop.tenant, task.id), tasks))
     assert [state(workshop, task).status for task in tasks] == ["succeeded"] * 2
@@ -235,7 +233,7 @@ def test_a_suspect_that_has_run_for_a_while_holds_up_no_other(
 def test_a_worker_that_stops_puts_its_tasks_back_as_if_they_had_not_been_started(workshop: Workshop, does: Any) -> None:
     reached, cleaned = threading.Event(), []
 
-    def job(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
+    def job(shift: Runner, task: Task, report: Report) -> dict[str, Any]:
         try:
             while True:
                 reached.set()
@@ -246,7 +244,7 @@ def test_a_worker_that_stops_puts_its_tasks_back_as_if_they_had_not_been_started
 
     does(job)
     task, later = asked(workshop), asked(workshop)
-    shift = Shift(workshop.storage, workshop.encoder, workshop.decoders)
+    shift = runner(workshop)
     threading.Thread(target=shift.run, args=(workshop.tenant, task.id), daemon=True).start()
     assert reached.wait(10) and not shift.at_rest()
     shift.stop()
@@ -262,7 +260,7 @@ def test_a_waiting_upload_is_cancelled_at_once_and_may_come_again(workshop: Work
     answer = workshop.guest.post(f"/tasks/{task.id}/cancel")
     assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
     assert (video_of(workshop, task).status, (video_of(workshop, task).error or {})["code"]) == ("failed", "cancelled")
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)  # the engine still hands it out
+    runner(workshop).run(workshop.tenant, task.id)  # the engine still hands it out
     assert video_of(workshop, task).status == "failed"
     with workshop.storage.database.read() as connection:
         collection = collection_rows.collection_name(connection, workshop.tenant, str(task.collection_id))
@@ -279,7 +277,7 @@ def test_a_running_upload_is_cancelled_at_its_next_report(workshop: Workshop, mo
         return decode(*arguments)
 
     monkeypatch.setattr(workshop.decoders, "decode", cancel_meanwhile)
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     assert state(workshop, task).status == "cancelled"
     assert (video_of(workshop, task).error or {})["code"] == "cancelled"
 
@@ -289,9 +287,7 @@ def test_the_decoder_is_ended_when_the_task_is_cancelled_or_the_video_deleted(wo
     collection = workshop.guest.collection(segment_seconds=1.0)
     answer = workshop.guest.upload(collection, clip(990, seconds=60, size=(1280, 720)))  # some seconds of work
     task = workshop.task(answer)
-    shift = threading.Thread(
-        target=Shift(workshop.storage, workshop.encoder, workshop.decoders).run, args=(workshop.tenant, task.id)
-    )
+    shift = threading.Thread(target=runner(workshop).run, args=(workshop.tenant, task.id))
     shift.start()
     wait_for("decoding", lambda: any(workshop.storage.settings.scratch.glob("decode-*/*.jpg")))
     if way == "cancelled":
@@ -309,7 +305,7 @@ def test_a_task_cancelled_while_its_worker_was_dead_does_not_run(workshop: Works
     task = asked(workshop)
     started(workshop, task)
     assert workshop.guest.post(f"/tasks/{task.id}/cancel").json()["status"] == "running"
-    Shift(workshop.storage, workshop.encoder, workshop.decoders).run(workshop.tenant, task.id)
+    runner(workshop).run(workshop.tenant, task.id)
     assert state(workshop, task).status == "cancelled"
 
 
@@ -402,12 +398,12 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     data = tmp_path_factory.mktemp("house") / "data"
     settings = Settings(data=data, database_url=url, root_key=ROOT_KEY, threads=1, worker_id="here")
     with TestClient(create_app(settings)) as client:
-        worker = Worker(settings, list(queue.QUEUES), "here")
+        worker = make(settings, list(queue.QUEUES), "here")
         worker.launch()
         yield worker, client
         DBOS.destroy(destroy_registry=True)
         worker.jobs.close()
-        worker.storage.close()
+        worker.runner._parts.close()
 
 
 @pytest.fixture
@@ -421,7 +417,7 @@ def engine(house: tuple[Worker, Any]) -> Jobs:
 
 
 def ended(shop: Workshop, task: Task, seconds: float = 120.0) -> Task:
-    return wait_for("its end", lambda: (now := state(shop, task)).status not in task_rows.OPEN and now, seconds)  # type: ignore[no-any-return]
+    return wait_for("its end", lambda: (now := state(shop, task)).status not in OPEN and now, seconds)  # type: ignore[no-any-return]
 
 
 def flows(engine: Jobs, task: Task) -> list[tuple[str, str]]:
@@ -478,7 +474,7 @@ def test_one_tenants_thousand_jobs_do_not_starve_anothers_single_one(
 ) -> None:
     order: list[str] = []
 
-    def job(shift: Shift, task: Task, report: Report) -> dict[str, Any]:
+    def job(shift: Runner, task: Task, report: Report) -> dict[str, Any]:
         time.sleep(0.1)
         order.append(task.tenant_id)
         return {}
@@ -578,14 +574,14 @@ def test_a_chunk_that_finds_a_full_disk_is_tried_as_long_as_it_is_full(shop: Wor
 def test_an_imported_video_without_vectors_is_indexed_without_a_sweep(
     shop: Workshop, does: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index, collection = run.KINDS["index_video"], shop.guest.collection()
+    index, collection = KINDS.by_name["index_video"], shop.guest.collection()
     assert ended(shop, shop.task(shop.guest.upload(collection, clip(722)))).status == "succeeded"
     does(raises(ConnectionResetError()))
     waiting = shop.task(shop.guest.upload(collection, clip(723)))
     wait_for("it to be put off", lambda: state(shop, waiting).message)
     archive = shop.guest.call("GET", f"/admin/collections/{collection}/export").content
     shop.guest.post(f"/tasks/{waiting.id}/cancel")
-    monkeypatch.setitem(run.KINDS, "index_video", index)
+    monkeypatch.setitem(KINDS.by_name, "index_video", index)
     path = "/admin/collections/import?collection=copy"
     task = shop.task(shop.guest.call("POST", path, files={"file": ("c.tar", archive)}))
     result = ended(shop, task).result or {}
@@ -619,7 +615,7 @@ def test_the_jobs_of_a_worker_that_died_for_good_are_taken_up_by_another(
         pytest.skip("SQLite has one worker")
     variables = {**os.environ, **environment(settings), "POLYCLIP_WORKER_ID": "there"}
     there = f"{socket.gethostname()}:{settings.data.absolute()}:there"
-    with subprocess.Popen([sys.executable, "-m", "service.jobs.worker", "--queues", "index"], env=variables) as other:
+    with subprocess.Popen([sys.executable, "-m", "service.cli.worker", "--queues", "index"], env=variables) as other:
         try:
             wait_for("the other worker", lambda: there in living(shop.storage))
             collection = shop.guest.collection()

@@ -21,7 +21,7 @@ import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service.adapters import train
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.search.frame_vectors import FrameVectors
 from service.search.query import Searcher
 from service.settings import Settings

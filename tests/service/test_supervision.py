@@ -22,15 +22,15 @@ import pytest
 from house import House
 from serving import ROOT_KEY, Server, Tenant, alive, clip, new_tenant, wait_for
 from structlog.testing import capture_logs
+from workshop import runner
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
 from service.adapters import train
 from service.cli import local
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.jobs import supervisor, task_rows
 from service.jobs.queue import Jobs, sweep
-from service.jobs.run import Shift
 from service.jobs.supervisor import Supervisor
 from service.jobs.task_rows import Task
 from training.recipe import InvalidRecipe
@@ -96,7 +96,7 @@ def test_the_waits_grow_from_death_to_death_and_begin_anew_after_a_long_life(
 ) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF", (0.1, 0.2, 0.3))
     monkeypatch.setattr(supervisor, "STEADY_SECONDS", 1.0)
-    keeper = Supervisor(house.storage.settings)
+    keeper = Supervisor(house.storage.settings, "service.cli.worker")
     with capture_logs() as deaths:
         keeper.start()  # there is no program: the process cannot even be made
         wait_for("two deaths", lambda: len(deaths) >= 2)
@@ -114,7 +114,7 @@ def test_a_worker_that_does_not_end_is_killed(
 ) -> None:
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.5)
     program(f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done")
-    keeper = Supervisor(house.storage.settings)
+    keeper = Supervisor(house.storage.settings, "service.cli.worker")
     keeper.start()
     pid = int(wait_for("its life", lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
     keeper.stop()
@@ -205,7 +205,7 @@ def test_how_a_training_process_ended_is_told(
     with house.storage.database.write() as connection:
         request = {"recipe": ENDLESS, "activate": "never"}
         task = task_rows.add_task(connection, house.tenant.id, films.id, "train_adapter", request)
-    assert Shift(house.storage, house.encoder, house.decoders).run(house.tenant.id, task.id) is None
+    assert runner(house).run(house.tenant.id, task.id) is None
     ended = state(house, task)
     assert ended.status == "failed" and ended.error is not None
     assert ended.error["code"] == code and words in ended.error["detail"]

@@ -17,7 +17,7 @@ import pytest
 
 from indexer import index, snapshot
 from indexer.index import IndexView, faiss
-from service.cli.local import Parts
+from service.cli.parts import Parts
 from service.search import views
 from service.search.views import Views
 from service.settings import Settings

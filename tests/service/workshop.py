@@ -15,8 +15,10 @@ from adapters_store import pack
 from backbone import AdapterShape
 from service.adapters.encoder import Encoder
 from service.app import create_app
+from service.cli import worker
+from service.cli.parts import Parts
 from service.jobs import task_rows
-from service.jobs.run import Shift
+from service.jobs.run import Runner
 from service.jobs.task_rows import Task
 from service.settings import Settings
 from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
@@ -40,6 +42,11 @@ def decoders_of(settings: Settings) -> Decoders:
     return made
 
 
+def runner(of: Any) -> Runner:
+    """What a worker runs tasks with, over the storage and encoder of a Workshop or of an application."""
+    return worker.runner(Parts(of.storage, of.encoder, decoders_of(of.storage.settings)))
+
+
 class Workshop:
     """A tenant of the application in this process, and the hands that do its tasks."""
 
@@ -55,7 +62,7 @@ class Workshop:
     def work(self) -> None:
         """Runs every open task of the tenant, in order."""
         for task in self.open_tasks():
-            Shift(self.storage, self.encoder, self.decoders).run(self.tenant, task.id)
+            runner(self).run(self.tenant, task.id)
 
     def open_tasks(self) -> list[Task]:
         with self.storage.database.read() as connection:
@@ -69,7 +76,7 @@ class Workshop:
     def done(self, answer: Any) -> dict[str, Any]:
         """Runs the task that an answer names; its result."""
         assert answer.status_code == 202, answer.text
-        Shift(self.storage, self.encoder, self.decoders).run(self.tenant, self.task(answer).id)
+        runner(self).run(self.tenant, self.task(answer).id)
         task = self.task(answer)
         assert task.status == "succeeded", task.error
         return dict(task.result or {})

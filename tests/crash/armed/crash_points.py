@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-WORKER, API, TRAINER = "service.jobs.worker", "service.cli", "training"  # what follows `python -m`
+WORKER, API, TRAINER = "service.cli.worker", "service.cli", "training"  # what follows `python -m`
 WRITE = "service.storage.database:Database.write"
 
 

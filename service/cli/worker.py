@@ -1,0 +1,157 @@
+"""A worker process: `polyclip worker`, or beside the API `python -m service.cli.worker`. Here the kinds of tasks meet what
+does them."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from sqlalchemy import Connection
+
+from adapters_store import AdapterMismatch, DamagedAdapter, InvalidAdapter, LeaseTimeout
+from backbone import BackboneNotFound, UnsupportedBackbone
+from backbone.batcher import BatcherFull
+from indexer.frames import DamagedFrames
+from service.adapters import activate, train
+from service.adapters.encoder import OtherBackbone
+from service.adapters.train import TooFewCaptions
+from service.cli.parts import Parts
+from service.jobs import worker
+from service.jobs.kinds import Kind, Kinds
+from service.jobs.queue import GROUPS, Jobs
+from service.jobs.run import Report, Runner
+from service.jobs.task_rows import Task
+from service.jobs.worker import Worker
+from service.settings import Settings
+from service.storage import collection_rows
+from service.storage.blobs import BlobMissing
+from service.storage.rows import NotFound
+from service.upkeep import delete, import_collection
+from service.videos import index, video_rows
+from training.recipe import InvalidRecipe
+
+PR_SET_PDEATHSIG = 1
+
+
+def _index_video(parts: Parts, runner: Runner, task: Task, report: Report) -> None:
+    """Ends its task itself, with the video."""
+
+    def tell(share: float | None) -> None:
+        report(0.0 if share is None else 0.5 + 0.5 * share, "decoding" if share is None else "embedding")
+
+    index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, task.request["video_id"], tell)
+
+
+def _lock_video(connection: Connection, task: Task) -> None:
+    video_rows.lock_video(connection, task.tenant_id, task.request["video_id"])
+
+
+def _fail_video(connection: Connection, task: Task, error: Any) -> None:
+    video_rows.set_video(connection, task.tenant_id, task.request["video_id"], status="failed", error=error)
+
+
+def _train_adapter(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    runner.take_turn(task)
+    shared = parts.storage, parts.encoder, parts.decoders
+    waited_for, spread = lambda: bool(runner.others_wait(task)), runner.spread(task)
+    return train.train_adapter(*shared, runner.children, task.tenant_id, task, report, spread, waited_for)
+
+
+def _activate(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    shared = parts.storage, parts.encoder, parts.decoders
+    return train.activate_adapter(*shared, task.tenant_id, task, report, runner.spread(task))
+
+
+def _evaluate(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    with parts.storage.database.read() as connection:
+        name = collection_rows.collection_name(connection, task.tenant_id, str(task.collection_id))
+    found = train.evaluate(parts.storage, parts.encoder, task.tenant_id, name, task.request["split"]).found
+    report.check()
+    return found.to_json(intervals=True)
+
+
+def _purge(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    return delete.purge(parts.storage, task)
+
+
+def _import_collection(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    def start(video: video_rows.Video) -> None:
+        runner.hand_on(video.tenant_id, video.task_id)
+
+    return import_collection.import_for_task(parts.storage, parts.encoder, parts.decoders, task, report, start)
+
+
+def _fill(parts: Parts, tenant: str, generation: str, videos: Sequence[str]) -> None:
+    activate.fill_chunk(parts.storage, parts.encoder, parts.decoders, tenant, generation, videos)
+
+
+KINDS = Kinds(
+    by_name={
+        "index_video": Kind(_index_video, lock=_lock_video, failed=_fail_video),
+        "train_adapter": Kind(_train_adapter, discard=lambda parts, task: train.discard(parts.storage, task)),
+        "activate": Kind(_activate),
+        "evaluate": Kind(_evaluate),
+        "purge": Kind(_purge),
+        "import_collection": Kind(
+            _import_collection, discard=lambda parts, task: import_collection.discard(parts.storage, task)
+        ),
+    },
+    fill=_fill,
+    codes={
+        NotFound: "not_found",
+        TooFewCaptions: "too_few_captions",
+        InvalidRecipe: "invalid_recipe",
+        AdapterMismatch: "adapter_unusable",
+        InvalidAdapter: "adapter_unusable",
+        DamagedAdapter: "adapter_unusable",
+        OtherBackbone: "adapter_unusable",
+        BlobMissing: "file_missing",
+        DamagedFrames: "frames_damaged",
+        BackboneNotFound: "worker_failed",
+        UnsupportedBackbone: "worker_failed",
+    },
+    passing=(torch.OutOfMemoryError, LeaseTimeout, BatcherFull),
+)
+
+
+def runner(parts: Parts, jobs: Jobs | None = None) -> Runner:
+    return Runner(parts.storage, KINDS, parts, jobs)
+
+
+def make(settings: Settings, queues: Sequence[str], name: str) -> Worker:
+    """A worker that has not been launched."""
+    parts, jobs = Parts.over(settings), Jobs(settings)
+    return Worker(runner(parts, jobs), jobs, queues, name, lambda: delete.sweep(parts.storage))
+
+
+def run(settings: Settings, groups: Sequence[str]) -> None:
+    """`worker.run`."""
+    worker.run(settings, [queue for group in groups for queue in GROUPS[group]], make)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int, help="end when this process, our parent, has died")
+    parser.add_argument("--queues", default=",".join(GROUPS))
+    arguments = parser.parse_args()
+    os.umask(0o077)  # as of the command line
+    if arguments.parent is not None:
+        os.nice(10)
+        with suppress(OSError):  # where memory runs out, the API is the last to go
+            Path("/proc/self/oom_score_adj").write_text("300")
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != arguments.parent:
+            sys.exit(0)
+    run(Settings(), arguments.queues.split(","))
+
+
+if __name__ == "__main__":
+    main()
