@@ -17,7 +17,7 @@ from house import House
 from serving import ROOT_KEY, Server, Tenant, clip, new_tenant
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
-from workshop import runner
+from workshop import decoders_of, runner
 
 import backbone
 from service.adapters import adapter_rows
