@@ -51,7 +51,7 @@ class Runner:
     """
 
     def __init__(self, storage: Storage, kinds: Kinds, parts: Any, jobs: Jobs | None = None) -> None:
-        self.storage, self.kinds, self._parts, self._jobs = storage, kinds, parts, jobs
+        self.storage, self.kinds, self.parts, self._jobs = storage, kinds, parts, jobs
         self.children: set[subprocess.Popen[str]] = set()
         self.stopping = threading.Event()
         self.running: dict[str, Task] = {}
@@ -80,7 +80,7 @@ class Runner:
                 task = self._task(tenant, task_id)
                 if task.status not in OPEN or task.cancel_requested:
                     return None
-                self.kinds.fill(self._parts, tenant, generation, chunk)
+                self.kinds.fill(self.parts, tenant, generation, chunk)
             except Exception as error:
                 self.pause_if_stopping()
                 return self.kinds.explain(error).to_json()
@@ -145,7 +145,7 @@ class Runner:
     def _run(self, task: Task, tries: int) -> dict[str, Any] | None:
         report = Report(self, task)
         try:
-            result = self.kinds.by_name[task.kind].run(self._parts, self, task, report)
+            result = self.kinds.by_name[task.kind].run(self.parts, self, task, report)
         except Exception as error:
             self.pause_if_stopping(task)
             if isinstance(error, TurnOver):
@@ -246,7 +246,7 @@ class Runner:
                     task_rows.end_task(connection, task.tenant_id, task.id, status, error=why, result=result or now.result)
 
         patiently(end)
-        kind.discard(self._parts, task)
+        kind.discard(self.parts, task)
 
     def _task(self, tenant: str, task_id: str) -> Task:
         with self.storage.database.read() as connection:
