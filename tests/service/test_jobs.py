@@ -403,7 +403,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield worker, client
         DBOS.destroy(destroy_registry=True)
         worker.jobs.close()
-        worker.runner._parts.close()
+        worker.runner.parts.close()
 
 
 @pytest.fixture
