@@ -5,7 +5,7 @@ from backbone.graphs import Graphs
 from backbone.images import to_pixels
 from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
-from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore
+from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore, rescore_all
 from backbone.stack import AdapterStack, FlatAdapter, Slots
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "mean_pool",
     "q_score",
     "rescore",
+    "rescore_all",
     "to_pixels",
 ]

@@ -29,21 +29,27 @@ def q_score(texts: Tensor, frames: Tensor, temperature: float = TEMPERATURE) -> 
 
 
 def rescore(query: NDArray[np.float32], frames: Sequence[bytes], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
-    """`q_score` of one text (D,) with each segment's stored frame vectors, (len(frames),).
+    """`rescore_all` of one text (D,): (len(frames),)."""
+    return rescore_all(query[None], frames, temperature)[0]
 
-    The frames of a segment are (F, D) float16; F may differ from segment to segment.
+
+def rescore_all(queries: NDArray[np.float32], frames: Sequence[bytes], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
+    """`q_score` of each text (T, D) with each segment's stored frame vectors: (T, len(frames)).
+
+    The frames of a segment are (F, D) float16; F may differ from segment to segment. They are converted once for all texts.
     """
-    scores, text = torch.empty(len(frames)), torch.tensor(query)
+    scores, texts = torch.empty(len(queries), len(frames)), torch.tensor(queries)
     by_length: dict[int, list[int]] = {}
     for i, raw in enumerate(frames):
         by_length.setdefault(len(raw), []).append(i)
     with torch.inference_mode():
         for rows in by_length.values():
             stored = torch.frombuffer(bytearray().join([frames[i] for i in rows]), dtype=torch.float16)
-            vectors = stored.view(len(rows), -1, len(query)).float()  # (n, F, D); numpy takes 15 times as long for this
-            weights = torch.softmax(vectors @ text / temperature, dim=1)  # (n, F)
-            pooled = torch.bmm(weights[:, None], vectors)[:, 0]  # (n, D)
-            scores[rows] = pooled @ text / (pooled.norm(dim=1) * text.norm()).clamp_min(1e-12)
+            vectors = stored.view(len(rows), -1, texts.shape[1]).float()  # (n, F, D); numpy takes 15 times as long for this
+            for of, text in zip(scores, texts, strict=True):
+                weights = torch.softmax(vectors @ text / temperature, dim=1)  # (n, F)
+                pooled = torch.bmm(weights[:, None], vectors)[:, 0]  # (n, D)
+                of[rows] = pooled @ text / (pooled.norm(dim=1) * text.norm()).clamp_min(1e-12)
     return scores.numpy()
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 
 import adapters_store
-from backbone import rescore
+from backbone import rescore_all
 from service.adapters import activate as generations
 from service.adapters import adapter_rows
 from service.adapters.activate import Spread, Superseded
@@ -297,7 +297,7 @@ def evaluate(storage: Storage, encoder: Encoder, tenant: str, collection_name: s
         queries = [f.result() for part in parts for f in [encoder.texts.submit((row, lease), group=tenant) for row in part]]
     frames = [segment for video in gallery for segment in vectors[video]]
     owners = np.repeat(np.arange(len(gallery)), [len(vectors[video]) for video in gallery])
-    scores = np.stack([rescore(query, frames) for query in queries])  # (captions, segments)
+    scores = rescore_all(np.stack(queries), frames)  # (captions, segments)
     similarity = np.stack([scores[:, owners == i].max(axis=1) for i in range(len(gallery))], axis=1)  # best segment counts
     pairs = [Pair(column, text, gallery[column]) for column, text in texts]
     found = Evaluation.of(similarity, [pair.clip for pair in pairs], [pair.video for pair in pairs])

@@ -71,7 +71,7 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, services
         return {"task_id": task.id, "adapter_id": version.id}
 
     try:
-        return await to_thread.run_sync(publish)
+        return await to_thread.run_sync(publish, limiter=services.receiving)
     finally:
         received.path.unlink(missing_ok=True)
 

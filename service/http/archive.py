@@ -66,7 +66,7 @@ async def import_archive(
         raise BodyTooLarge(str(error)) from error
     wish = {"collection": collection, "re_embed": re_embed, "tenant": tenant.name}
     try:
-        return await to_thread.run_sync(_queue, services, tenant, received, wish, key)
+        return await to_thread.run_sync(_queue, services, tenant, received, wish, key, limiter=services.receiving)
     finally:
         received.path.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Header, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
@@ -29,7 +29,11 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 @dataclass(slots=True)
 class Services:
-    """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key."""
+    """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key.
+
+    Threads that check keys, and those that write uploads and archives, are counted apart from all others: a slow disk under
+    many uploads stops no search.
+    """
 
     storage: Storage
     encoder: Encoder
@@ -38,6 +42,8 @@ class Services:
     signing_secret: str
     guesses: Guesses
     streams: Counter[str] = field(default_factory=Counter)
+    authenticating: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
+    receiving: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
 
 
 async def services_of(request: Request) -> Services:
@@ -64,7 +70,9 @@ async def authenticated(request: Request) -> Caller:
     bearer = await _bearer(request)
     key = bearer.credentials if bearer else await _header(request)
     services, address = request.app.state.services, request.client.host if request.client else ""
-    return await to_thread.run_sync(keys.authenticate, services.storage.database, key, services.guesses, address)
+    return await to_thread.run_sync(
+        keys.authenticate, services.storage.database, key, services.guesses, address, limiter=services.authenticating
+    )
 
 
 class KeyFirst(APIRoute):

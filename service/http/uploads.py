@@ -141,7 +141,7 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
         try:
             parser = Multipart(request.headers["content-type"], {**values, "file": target})
             async for chunk in request.stream():
-                await to_thread.run_sync(parser.feed, chunk)
+                await to_thread.run_sync(parser.feed, chunk, limiter=request.app.state.services.receiving)
         except Malformed as error:
             raise InvalidUpload(f"the multipart body is broken: {error}") from error
         if not target.seen:

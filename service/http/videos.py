@@ -68,7 +68,7 @@ async def upload(
             raise
         raise QuotaExceeded(f"the tenant may have {quota} bytes: this file alone has more") from error
     try:
-        return await to_thread.run_sync(_store, services, tenant, name, received, key)
+        return await to_thread.run_sync(_store, services, tenant, name, received, key, limiter=services.receiving)
     finally:
         received.path.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
@@ -29,12 +29,15 @@ from service.search.views import Views
 from service.storage import collection_rows
 from service.storage.collection_rows import Collection
 from service.storage.generation_rows import Generation
+from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.videos import video_rows
 from service.videos.video_rows import Video
 
 log = structlog.get_logger()
 
+RESOLVERS = 40  # threads that read which collection, generation and adapter a search is of
+PINS_SECONDS = 60.0  # after which a search has it looked for pins of collections that are gone
 WIDENED = 3  # times that further videos are looked for, each time among four times as many segments of those not named yet
 
 
@@ -87,7 +90,9 @@ class Searcher:
         self.views = Views(storage, encoder)
         self.frames = FrameVectors(storage.database, storage.settings.frame_cache_bytes)
         self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
+        self._resolvers = CapacityLimiter(RESOLVERS)  # threads of its own: uploads may hold all others
         self._pinned: dict[str, str] = {}  # collection → digest
+        self._pins_checked = time.monotonic()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -106,7 +111,7 @@ class Searcher:
         asked on other threads.
         """
         clock = _Clock()
-        question = await to_thread.run_sync(self._resolve, tenant, collection_name, text)
+        question = await to_thread.run_sync(self._resolve, tenant, collection_name, text, limiter=self._resolvers)
         clock.lap("resolve")
         encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
         clock.lap("encode")
@@ -133,7 +138,7 @@ class Searcher:
         seconds = self._storage.settings.search_seconds
         tokens = question.tokens
         if tokens is None:
-            tokens = await to_thread.run_sync(self._encoder.backbone.tokenize, [question.key.text])
+            tokens = await to_thread.run_sync(self._encoder.backbone.tokenize, [question.key.text], limiter=self._resolvers)
         request = self._encoder.request_lease(question.generation)
         try:
             lease: Lease | None = None
@@ -180,6 +185,9 @@ class Searcher:
         """Keeps a collection's adapter on the device where its settings ask for it."""
         wanted = generation.digest if collection.settings.get("pinned") else None
         with self._lock:
+            if self._pinned and time.monotonic() - self._pins_checked > PINS_SECONDS:
+                self._pins_checked = time.monotonic()
+                self.views.beside(self.release_pins)
             held = self._pinned.get(collection.id)
             if held == wanted:
                 return
@@ -193,6 +201,17 @@ class Searcher:
                     log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
                 else:
                     self._pinned[collection.id] = wanted
+
+    def release_pins(self) -> None:
+        """Ends the pins of collections that have been deleted, alone or with their tenant."""
+        for collection, tenant in self._encoder.residency.pins().items():
+            try:
+                with self._storage.database.read() as connection:
+                    collection_rows.collection_name(connection, tenant, collection)
+            except NotFound:
+                with self._lock:
+                    self._encoder.residency.unpin(collection)
+                    self._pinned.pop(collection, None)
 
     def _allowed(self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event) -> set[str] | None:
         """Ids of the videos that a filter lets through; None without a filter. Raises DeadlinePassed."""

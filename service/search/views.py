@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 TAIL = 4096  # rows read at once
 WORTH = 2000  # rows whose reading takes longer than a snapshot's
+RETRY_SECONDS = 60.0  # after which a view is tended again where that has failed
 SHARE = 1 / 8  # of a view's rows: when so many are new, its snapshot is written again
 PART_SECONDS = 3600.0  # a half-written file so old is nobody's any more
 CLOSE_SECONDS = 5.0
@@ -52,7 +53,8 @@ class _Opened:
     view: IndexView
     bytes: int = 0  # as counted among all
     saved: int = 0  # the view's `changes` when it was last saved
-    waits: bool = False  # for the thread beside
+    waits: bool = False  # for the thread that saves and settles
+    not_before: float = 0.0  # monotonic; after a failure
 
 
 class Views:
@@ -89,7 +91,7 @@ class Views:
         return view
 
     def beside(self, job: Callable[[], None]) -> None:
-        """Has the thread beside do this, after all that it has to do already."""
+        """Has the views' own thread do this, after what it was given before."""
         self._jobs.put(job)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="views", daemon=True)
@@ -169,12 +171,26 @@ class Views:
     # --- saving and mending: beside
 
     def _tend_later(self, key: Key, opened: _Opened) -> None:
-        if not opened.waits and (opened.view.due is not None or _unsaved(opened) >= WORTH):
+        if (
+            not opened.waits
+            and time.monotonic() >= opened.not_before
+            and (opened.view.due is not None or _unsaved(opened) >= WORTH)
+        ):
             opened.waits = True
             self.beside(lambda: self._tend(key, opened))
 
     def _tend(self, key: Key, opened: _Opened) -> None:
-        """Saves a view and does what is due. One that this fails for is left as it is, and not tried again."""
+        """Saves a view and does what is due; if that fails, the next search after `RETRY_SECONDS` has it tried again."""
+        try:
+            self._save_and_settle(key, opened)
+            self._prune()
+        except BaseException:
+            opened.not_before = time.monotonic() + RETRY_SECONDS
+            raise
+        finally:
+            opened.waits = False
+
+    def _save_and_settle(self, key: Key, opened: _Opened) -> None:
         if _unsaved(opened) >= WORTH:
             self._save(key, opened)
         due = opened.view.due
@@ -185,8 +201,6 @@ class Views:
             opened.view = view
             if len(view) >= WORTH:
                 self._save(key, opened)
-        opened.waits = False
-        self._prune()
 
     def _save(self, key: Key, opened: _Opened) -> None:
         started, changes = time.monotonic(), opened.view.changes

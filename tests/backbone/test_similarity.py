@@ -1,9 +1,10 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from backbone import mean_pool, q_score, rescore
+from backbone import mean_pool, q_score, rescore, rescore_all
 
 
 def test_q_score_is_the_released_code_s_formula() -> None:
@@ -41,3 +42,14 @@ def test_rescoring_is_q_score_over_stored_frames() -> None:
     expected = [float(q_score(torch.from_numpy(query)[None], torch.from_numpy(f.astype(np.float32))[None])) for f in frames]
     np.testing.assert_allclose(rescore(query, [f.tobytes() for f in frames]), expected, atol=1e-5)
     assert rescore(query, []).shape == (0,)
+
+
+def test_the_stored_frames_are_converted_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    texts = rng.normal(size=(7, 16)).astype(np.float32)
+    frames = [rng.normal(size=(4, 16)).astype(np.float16).tobytes() for _ in range(5)]
+    one_by_one = np.stack([rescore(text, frames) for text in texts])
+    conversions, really = [], torch.frombuffer
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: conversions.append(1) or really(*a, **k))  # type: ignore[func-returns-value]
+    np.testing.assert_array_equal(rescore_all(texts, frames), one_by_one)
+    assert len(conversions) == 1

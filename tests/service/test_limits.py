@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, Tenant, new_tenant, wait_for
+from serving import Server, Tenant, clip, new_tenant, wait_for
 
+from service.http.multipart import Multipart
 from service.settings import Settings
 
 MOST = Settings()
@@ -201,3 +204,36 @@ def test_one_address_has_so_many_connections_and_no_more(strict: Server) -> None
             return served(connection)
 
     wait_for("a free place", free)
+
+
+def test_uploads_that_stand_still_hold_up_nobody_else(guest: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the server has threads, each in the middle of a write that does not end."""
+    collection, go_on, standing = guest.collection(), threading.Event(), []
+    write = Multipart.feed
+
+    def stand_still(parser: Multipart, data: bytes) -> None:
+        standing.append(parser)
+        go_on.wait(200)
+        write(parser, data)
+
+    monkeypatch.setattr(Multipart, "feed", stand_still)
+    with ThreadPoolExecutor(60) as clients:
+        uploads = [clients.submit(guest.upload, collection, clip(1)) for _ in range(60)]
+        try:
+            most = guest.client.app.state.services.receiving.total_tokens
+            wait_for("as many as are written at once", lambda: len(standing) == most)
+            others = [
+                clients_too.submit(ask)
+                for clients_too in [ThreadPoolExecutor(4)]
+                for ask in (
+                    lambda: guest.client.get("/healthz").status_code,
+                    lambda: guest.client.get("/readyz").status_code,
+                    lambda: guest.post("/search", {"collection": collection, "text": "a ball"}).status_code,
+                    lambda: guest.get("/collections").status_code,
+                )
+            ]
+            assert [other.result(100) for other in others][2:] == [200, 200] and others[0].result() == 200
+            assert len(standing) == most
+        finally:
+            go_on.set()
+        assert {upload.result().status_code for upload in uploads} == {202}

@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 from house import House as Workroom
-from serving import new_tenant
+from serving import new_tenant, wait_for
 
 import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service.adapters import train
 from service.cli.parts import Parts
+from service.search import query
 from service.search.frame_vectors import FrameVectors
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
+from service.upkeep import delete
 from service.videos import video_rows
 
 VIDEOS, FRAMES = 20, 4
@@ -182,6 +184,26 @@ def test_a_pinned_collection_keeps_its_adapter_on_the_device(house: House) -> No
         collection_rows.change_collection(connection, known[0].tenant, collection.id, {})
     house.searcher.search(known[0].tenant, known[0].name, "a red ball")
     assert house.encoder.residency.states()[str(known[0].digest)] == "inactive"
+
+
+@pytest.mark.parametrize("whole_tenant", [False, True])
+def test_pins_end_with_their_collection_and_with_their_tenant(
+    house: House, whole_tenant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, other = house.add(0), house.add(1)
+    with house.storage.database.write() as connection:
+        collection = collection_rows.collection_named(connection, known.tenant, known.name)
+        collection_rows.change_collection(connection, known.tenant, collection.id, {"pinned": True})
+    house.searcher.search(known.tenant, known.name, "a red ball")
+    assert list(house.encoder.residency.pins()) == [collection.id]
+    with house.storage.database.write() as connection:
+        if whole_tenant:
+            delete.delete_tenant(connection, known.tenant)
+        else:
+            delete.delete_collection(connection, known.tenant, collection.id)
+    monkeypatch.setattr(query, "PINS_SECONDS", 0.0)
+    house.searcher.search(other.tenant, other.name, "a red ball")  # any search has it looked for
+    wait_for("the pin's end", lambda: not house.encoder.residency.pins())
 
 
 def test_what_waits_too_long_and_what_finds_no_room_is_refused(tmp_path: Path) -> None:

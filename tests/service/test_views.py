@@ -206,6 +206,22 @@ def test_no_snapshot_holds_what_was_deleted(world: World, monkeypatch: pytest.Mo
     assert world.opened_from_snapshot()
 
 
+def test_a_view_whose_saving_failed_is_saved_after_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add(world.home, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "write", lambda *_: {}["a fault of ours"])
+        world.open()
+        world.settle()
+    world.open()
+    world.settle()
+    assert not world.snapshots(), "not with every search"
+    monkeypatch.setattr(views, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(views.time, "monotonic", lambda now=time.monotonic: now() + 100)
+    world.open()
+    world.settle()
+    assert len(world.snapshots()) == 1
+
+
 @pytest.mark.parametrize("before", ["the file is begun", "it is brought up to date", "the copy", "the sum", "the renaming"])
 def test_a_snapshot_that_is_written_during_a_deletion_is_without_it(
     world: World, monkeypatch: pytest.MonkeyPatch, before: str
