@@ -17,6 +17,7 @@ from bench.timing import Row
 ROOT = Path(__file__).parent.parent
 BENCHES = (
     "mixed_batch",
+    "mechanisms",
     "adapter_swap",
     "many_adapters",
     "search_path",

@@ -50,8 +50,8 @@ def run() -> list[Row]:
     return rows
 
 
-def step(name: str, pretrained: str | None, batch: int, way: str, scratch: Path) -> Callable[[], object]:
-    """A function that takes one optimiser step on random pixels."""
+def step(name: str, pretrained: str | None, batch: int, way: str, scratch: Path | None) -> Callable[[], object]:
+    """A function that takes one optimiser step on random pixels; what layers without adapters make is kept in `scratch`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(name, pretrained, device)
     recipe = Recipe.of({"batch_size": batch, "frames": 2, "learning_rate": 1e-5, **WAYS[way]})
@@ -68,7 +68,8 @@ def step(name: str, pretrained: str | None, batch: int, way: str, scratch: Path)
         initial = shape.initial(0, recipe.layers, recipe.start)
         tensors = {name: t.to(backbone.device).requires_grad_() for name, t in initial.items()}
         learner = Learner(backbone, shape, tensors, recipe)
-    scratch.mkdir(parents=True, exist_ok=True)
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(backbone, ArrayClips(pixels), pairs, recipe, ALONE, first, scratch)
     parts, clips, optimiser = inputs.parts(1), inputs.clips_of(1), optimiser_of(learner.tensors, recipe)
 
