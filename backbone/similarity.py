@@ -30,7 +30,8 @@ def q_score(texts: Tensor, frames: Tensor, temperature: float = TEMPERATURE) -> 
 
 def rescore(query: NDArray[np.float32], frames: Sequence[bytes], temperature: float = TEMPERATURE) -> NDArray[np.float32]:
     """`rescore_all` of one text (D,): (len(frames),)."""
-    return rescore_all(query[None], frames, temperature)[0]
+    scores: NDArray[np.float32] = rescore_all(query[None], frames, temperature)[0]
+    return scores
 
 
 def rescore_all(queries: NDArray[np.float32], frames: Sequence[bytes], temperature: float = TEMPERATURE) -> NDArray[np.float32]:

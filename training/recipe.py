@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Recipe:
         """A recipe from outside; `preset` names values for the fields not given. Raises InvalidRecipe."""
-        preset = values.get("preset")
+        preset: Any = values.get("preset")
         if preset is not None and preset not in list(PRESETS):
             raise InvalidRecipe(f"recipe.preset must be {' or '.join(map(repr, PRESETS))}, not {reprlib.repr(preset)}")
         given = {**PRESETS.get(preset, {}), **{name: value for name, value in values.items() if name != "preset"}}

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from indexer.decode import DecodedVideo, Decoder, MediaFacts, Sampling
-from indexer.sandbox import Check, Limits, Sandbox
+from indexer.sandbox import Check, Sandbox
+from indexer.sandbox_child import Limits
 from service.settings import Settings
 
 

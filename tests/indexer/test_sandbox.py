@@ -14,7 +14,8 @@ import pytest
 from videos import time_shown, write_video
 
 from indexer.decode import DecodeError, Decoder, Sampling
-from indexer.sandbox import ENVIRONMENT, Limits, Sandbox
+from indexer.sandbox import ENVIRONMENT, Sandbox
+from indexer.sandbox_child import Limits
 
 SLOW = Sampling(frames_per_segment=250, short_side=720)  # of the video `large`: some seconds of work
 

@@ -209,14 +209,15 @@ def test_no_snapshot_holds_what_was_deleted(world: World, monkeypatch: pytest.Mo
 def test_a_view_whose_saving_failed_is_saved_after_a_while(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.add(world.home, 30)
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "write", lambda *_: {}["a fault of ours"])
+        patch.setattr(snapshot, "write", lambda *_: 1 / 0)
         world.open()
         world.settle()
     world.open()
     world.settle()
     assert not world.snapshots(), "not with every search"
     monkeypatch.setattr(views, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(views.time, "monotonic", lambda now=time.monotonic: now() + 100)
+    later = time.monotonic() + 100
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     world.open()
     world.settle()
     assert len(world.snapshots()) == 1
