@@ -147,7 +147,7 @@ def service(home: Path, port: int, root_key: str) -> Iterator[str]:
 
 def is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+        return bool(httpx.get(f"{url}/readyz", timeout=5).json()["status"] == "ready")
     except httpx.HTTPError:
         return False
 

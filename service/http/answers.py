@@ -250,10 +250,12 @@ class LivenessOut(BaseModel):
 
 
 class ReadinessOut(BaseModel):
-    """`warning`: what the backbone's searches are worth where it knows no real pictures."""
+    """`status`: ready, degraded (no worker: searches are answered, jobs wait) or not ready. `missing`: what was not found.
+    `warning`: what the backbone's searches are worth where it knows no real pictures."""
 
     status: str
     checks: dict[str, bool]
+    missing: list[str]
     warning: str | None
 
 

@@ -28,7 +28,9 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", name="get_readiness", response_model=ReadinessOut, responses={503: {"model": ReadinessOut}})
 def readyz(services: InServices) -> Response:
-    """200 when the backbone is loaded, the database answers and a worker has been seen within 30 seconds.
+    """200 when searches can be answered: the backbone is loaded and the database answers. `ready` where a worker has been seen
+    within 30 seconds, too; else `degraded`: what is uploaded or asked for waits until there is one. `missing`: what `checks`
+    did not find.
 
     `warning`: what the backbone's searches are worth where it knows no real pictures.
     """
@@ -40,9 +42,11 @@ def readyz(services: InServices) -> Response:
             checks["worker"] = bool(facts.living_workers(connection, WORKER_SECONDS))
     except SQLAlchemyError:
         pass
-    ready, warning = all(checks.values()), services.encoder.choice.caution
-    told = {"status": "ready" if ready else "not ready", "checks": checks, "warning": warning}
-    return JSONResponse(told, 200 if ready else 503)
+    missing = [name for name, found in checks.items() if not found]
+    searches = missing in ([], ["worker"])
+    status = ("degraded" if missing else "ready") if searches else "not ready"
+    told = {"status": status, "checks": checks, "missing": missing, "warning": services.encoder.choice.caution}
+    return JSONResponse(told, 200 if searches else 503)
 
 
 @router.get("/metrics", name="get_metrics", response_class=PlainTextResponse)

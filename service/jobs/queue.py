@@ -92,7 +92,8 @@ class Jobs:
         """`enqueue`, unless a workflow of the task waits or runs."""
         known = self._list(workflow_id_prefix=task.id)
         if not any(flow.status in ACTIVE and flow.app_version == VERSION for flow in known):
-            self.enqueue(task, number=len(known))
+            numbers = [int(flow.workflow_id.partition(":")[2] or 0) for flow in known]
+            self.enqueue(task, number=max(numbers, default=-1) + 1)  # not their count: the first may be forgotten already
 
     def active_tasks(self) -> set[str]:
         """Ids of the tasks that have a workflow which waits or runs."""

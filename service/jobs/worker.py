@@ -36,8 +36,8 @@ log = structlog.get_logger()
 
 
 class Worker:
-    """Takes jobs from its queues until `drain` is called. `name` must be its alone, and stable: under it, DBOS takes up again
-    at once the jobs that a crash left. `tidy`: what is to be done every hour."""
+    """Takes jobs from its queues until `drain` is called. `name` must be its alone, and stable: under it, the jobs
+    that a crash left are taken up again at once. `tidy`: what is to be done every hour."""
 
     def __init__(self, runner: Runner, jobs: Jobs, queues: Sequence[str], name: str, tidy: Callable[[], object]) -> None:
         self.runner, self.jobs = runner, jobs

@@ -228,7 +228,7 @@ class Server:
     def _ready(self) -> bool:
         assert self.process.poll() is None, self.log
         try:
-            return bool(self.client.get("/readyz").status_code == 200)
+            return bool(self.client.get("/readyz").json()["status"] == "ready")
         except httpx.TransportError:
             return False
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from serving import ROOT, Tenant, clip, new_tenant
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from service.http import uploads
@@ -254,10 +255,20 @@ def test_every_answer_bears_a_request_id(client: Any, path: str) -> None:
     assert len(ids) == 2 and all(ids)
 
 
-def test_without_a_worker_the_service_is_not_ready(client: Any) -> None:
+def test_without_a_worker_the_service_is_degraded_and_without_its_database_not_ready(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = client.get("/readyz")
-    assert answer.status_code == 503
+    assert (answer.status_code, answer.json()["status"], answer.json()["missing"]) == (200, "degraded", ["worker"])
     assert answer.json()["checks"] == {"backbone": True, "database": True, "worker": False}
+
+    def gone() -> None:
+        raise OperationalError("select 1", {}, Exception("the database is gone"))
+
+    monkeypatch.setattr(client.app.state.services.storage.database, "read", gone)
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
+    assert answer.json()["missing"] == ["database", "worker"]
 
 
 # Uploads

@@ -600,6 +600,18 @@ def test_workflows_that_ended_long_ago_are_forgotten(shop: Workshop, engine: Job
     assert flows(engine, task) == []
 
 
+def test_a_task_whose_first_workflow_is_forgotten_gets_a_new_one(shop: Workshop, engine: Jobs, does: Any) -> None:
+    does(lambda *_: {})
+    task = asked(shop)
+    for workflow in (task.id, f"{task.id}:1"):
+        engine._enqueue("run_task", "quick", workflow, shop.tenant, ())  # without its arguments it breaks
+    wait_for("them to break", lambda: [status for _, status in flows(engine, task)] == ["ERROR"] * 2)
+    engine._client.delete_workflows([task.id])
+    engine.ensure(task)
+    assert ended(shop, task).status == "succeeded"
+    assert [name for name, _ in flows(engine, task)] == [":1", ":2"]
+
+
 def living(storage: Storage) -> set[str]:
     with storage.database.read() as connection:
         return facts.living_workers(connection, 60)
