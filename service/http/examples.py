@@ -77,7 +77,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
         "quotas": {"max_videos": 1000},
     },
     "LivenessOut": {"status": "ok"},
-    "ReadinessOut": {"status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "missing": [], "warning": None},
+    "ReadinessOut": {
+        "status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "missing": [], "warning": None,
+    },
     "Problem": {
         "type": "urn:polyclip:problem:collection_not_found", "title": "Not Found", "status": 404,
         "detail": "there is no collection 'gates'", "code": "collection_not_found", "request_id": f"req_{_ID}",
