@@ -85,7 +85,7 @@ class Recipe(BaseModel):
         preset: Any = values.get("preset")
         if preset is not None and preset not in list(PRESETS):
             raise InvalidRecipe(f"recipe.preset must be {' or '.join(map(repr, PRESETS))}, not {reprlib.repr(preset)}")
-        given = {**PRESETS.get(preset, {}), **{name: value for name, value in values.items() if name != "preset"}}
+        given = {**PRESETS.get(preset or "", {}), **{name: value for name, value in values.items() if name != "preset"}}
         if "epochs" in values:  # who asks for epochs gets that many
             given.setdefault("minimum_steps", 1)
         try:
