@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from demo.worlds import write_world
+from service.errors import PolyclipError
 
 console = Console(highlight=False)
 COLUMNS = (
@@ -55,8 +56,10 @@ COLLECTIONS = (
 TRAINED = COLLECTIONS[1]
 
 
-class DemoFailed(RuntimeError):
+class DemoFailed(PolyclipError):
     """The service did not do what the demo asked of it; the message says what."""
+
+    code = "demo_failed"
 
 
 def run(data: Path, port: int, check: bool) -> int:

@@ -1,6 +1,7 @@
 """The documentation says what is true: settings, commands, files."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from indexer.formats import as_markdown
+from service import errors
 from service.cli.main import app
 from service.settings import Settings
 from training.recipe import Recipe
@@ -30,6 +32,15 @@ def test_every_setting_is_documented_with_its_default() -> None:
 def test_every_container_is_documented_as_the_command_prints_it() -> None:
     printed = CliRunner().invoke(app, ["formats"]).output
     assert printed == as_markdown() + "\n" and printed in (ROOT / "docs" / "formats.md").read_text()
+
+
+def test_every_error_is_documented_with_its_code_and_status() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text().endswith("\n\n" + errors.as_markdown())
+
+
+@pytest.mark.parametrize("name", errors.OTHERS)
+def test_the_table_of_errors_names_classes_that_exist(name: str) -> None:
+    assert issubclass(pkgutil.resolve_name(name), Exception)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -8,13 +8,16 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, insert, select, update
 
+from service.errors import PolyclipError
 from service.storage.generation_rows import generations_of, set_generation_state
 from service.storage.rows import ALL, NotFound, Page, page, record
 from service.storage.tables import adapters, new_id, now
 
 
-class AdapterInUse(ValueError):
+class AdapterInUse(PolyclipError):
     """The collection's searches use this adapter."""
+
+    code, status, hint = "adapter_in_use", 409, "activate another adapter first"
 
 
 @dataclass(frozen=True, slots=True)

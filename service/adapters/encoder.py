@@ -18,6 +18,7 @@ from torch import Tensor
 from adapters_store import DamagedAdapter, Fit, Lease, Residency, slots_of
 from backbone import BUILTIN, RANDOM, Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
+from service.errors import PolyclipError
 from service.storage import facts
 from service.storage.blobs import BlobMissing, adapter_key
 from service.storage.generation_rows import Generation
@@ -27,8 +28,15 @@ CLOSE_SECONDS = 5.0
 CPU_FRAMES = 12  # of each thread in one forward there: more are no faster, and an upload waits for those before it
 
 
-class OtherBackbone(RuntimeError):
+class OtherBackbone(PolyclipError):
     """The data folder, or a generation in it, was made with another backbone than the one at hand."""
+
+    code, status, task_code, hint = (
+        "other_backbone",
+        503,
+        "adapter_unusable",
+        "start with the data folder's own backbone",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,13 @@ from service.adapters import adapter_rows
 from service.adapters.activate import Spread, Superseded
 from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
+from service.errors import ERRNO, PolyclipError
 from service.jobs import task_rows
 from service.jobs.kinds import JobFailed, TurnOver
 from service.jobs.supervisor import without_root_key
 from service.jobs.task_rows import Task
 from service.storage import collection_rows, generation_rows, rows, segment_rows
 from service.storage.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key
-from service.storage.faults import ERRNO
 from service.storage.storage import Storage
 from service.storage.tables import now
 from service.videos import video_rows
@@ -63,12 +63,16 @@ OUT_OF_MEMORY = (  # in the words of torch, oneDNN, Python, C++
 )
 
 
-class TooFewCaptions(ValueError):
+class TooFewCaptions(PolyclipError):
     """The collection has not enough captioned videos to train on."""
+
+    code, status, hint = "too_few_captions", 409, "add captions to more videos"
 
 
 class TrainingFailed(JobFailed):
     """The training process ended without an adapter; `code` and the message are its own words."""
+
+    code, hint = "training_failed", "`code` and `detail` are those of `python -m training`"
 
     def __init__(self, code: str, detail: str) -> None:
         lasts = code == "io_error" and any(os.strerror(number) in detail for number in ERRNO)

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 import adapters_store
 from adapters_store import durable
 from backbone import Backbone, load_backbone
+from service.errors import PolyclipError
 
 BATCH = 32  # frames of one forward pass
 
 
-class InvalidFrames(ValueError):
+class InvalidFrames(PolyclipError):
     """The .npy file holds no frames, or none for this backbone."""
+
+    code, hint = "invalid_frames", "mend the .npy file"
 
 
 def encode(

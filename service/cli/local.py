@@ -28,6 +28,7 @@ from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
 from service.cli import files
 from service.cli.parts import Parts
+from service.errors import PolyclipError
 from service.http.uploads import InvalidUpload, label
 from service.http.videos import parse_captions, renew
 from service.jobs import task_rows
@@ -48,12 +49,16 @@ from service.videos.video_rows import Caption, Video
 from training.source import Source
 
 
-class InvalidCaptions(ValueError):
+class InvalidCaptions(PolyclipError):
     """The captions file has a line that is not what it should be."""
 
+    code, hint = "invalid_captions", "mend the line of the captions file"
 
-class NoDataFolder(LookupError):
+
+class NoDataFolder(PolyclipError):
     """A command that only works on what is there was given a folder in which nothing is."""
+
+    code, hint = "no_data_folder", "mend --data, or make one with `polyclip index` or `polyclip serve`"
 
 
 class _Stopped(Exception):

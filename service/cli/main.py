@@ -27,13 +27,13 @@ app.command()(archives.fsck)
 
 def main() -> None:
     """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
-    from service.cli.mistakes import explain
+    from service import errors
 
     os.umask(0o077)  # what a data folder holds is its owner's alone
     try:
         app()
     except Exception as error:
-        line = explain(error)
+        line = errors.line(error)
         if line is None:
             raise
         line = line.encode(errors="backslashreplace").decode()  # it may quote a file name whose bytes are not UTF-8

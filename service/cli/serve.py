@@ -15,6 +15,7 @@ from rich.console import Console
 from adapters_store import durable
 from service.adapters.encoder import Encoder
 from service.app import create_app
+from service.errors import PolyclipError
 from service.http.protocol import LimitedProtocol, limited
 from service.jobs.supervisor import Supervisor
 from service.logs import configure
@@ -27,8 +28,10 @@ IDLE_SECONDS = 75  # of a connection: who closes first may cut a request off, an
 console = Console(stderr=True, highlight=False)
 
 
-class AlreadyServed(RuntimeError):
+class AlreadyServed(PolyclipError):
     """Another `polyclip serve` runs on this data folder."""
+
+    code, hint = "already_served", "end the other one, or take another --data"
 
 
 def serve(settings: Settings, host: str, port: int, worker: bool) -> None:

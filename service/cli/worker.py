@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from sqlalchemy import Connection
 
-from adapters_store import AdapterMismatch, DamagedAdapter, InvalidAdapter, LeaseTimeout
-from backbone import BackboneNotFound, UnsupportedBackbone
+from adapters_store import LeaseTimeout
 from backbone.batcher import BatcherFull
-from indexer.frames import DamagedFrames
 from service.adapters import activate, train
-from service.adapters.encoder import OtherBackbone
-from service.adapters.train import TooFewCaptions
 from service.cli.parts import Parts
 from service.jobs import worker
 from service.jobs.kinds import Kind, Kinds
@@ -32,11 +28,8 @@ from service.jobs.task_rows import Task
 from service.jobs.worker import Worker
 from service.settings import Settings
 from service.storage import collection_rows
-from service.storage.blobs import BlobMissing
-from service.storage.rows import NotFound
 from service.upkeep import delete, import_collection
 from service.videos import index, video_rows
-from training.recipe import InvalidRecipe
 
 PR_SET_PDEATHSIG = 1
 
@@ -105,19 +98,6 @@ KINDS = Kinds(
         ),
     },
     fill=_fill,
-    codes={
-        NotFound: "not_found",
-        TooFewCaptions: "too_few_captions",
-        InvalidRecipe: "invalid_recipe",
-        AdapterMismatch: "adapter_unusable",
-        InvalidAdapter: "adapter_unusable",
-        DamagedAdapter: "adapter_unusable",
-        OtherBackbone: "adapter_unusable",
-        BlobMissing: "file_missing",
-        DamagedFrames: "frames_damaged",
-        BackboneNotFound: "worker_failed",
-        UnsupportedBackbone: "worker_failed",
-    },
     passing=(torch.OutOfMemoryError, LeaseTimeout, BatcherFull),
 )
 

@@ -10,11 +10,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.errors import PolyclipError
 from service.storage.tables import new_id
 
 
-class BodyTooLarge(HTTPException):  # FastAPI calls every other exception out of a body's stream a syntax error
+class BodyTooLarge(PolyclipError, HTTPException):  # FastAPI calls every other exception out of a body's stream a syntax error
     """A body is over the limit of its route."""
+
+    code, status, hint = "body_too_large", 413, "send less in one request"
 
     def __init__(self, detail: str) -> None:
         super().__init__(413, detail)

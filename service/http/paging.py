@@ -6,12 +6,16 @@ import base64
 import binascii
 import re
 
+from service.errors import PolyclipError
+
 MAX_OFFSET = 10_000  # a page so far on is not given: each page of a search finds all before it again
 _FORMS = {"offset": "[0-9]{1,5}", "id": "[a-z]{1,16}_[0-9a-z]{26}"}
 
 
-class InvalidPageToken(ValueError):
+class InvalidPageToken(PolyclipError):
     """The token is not one that this list gave out."""
+
+    code, status, hint = "invalid_page_token", 422, "take `next_page_token` of the same list"
 
 
 def encode(kind: str, position: str | None) -> str | None:

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from service.errors import PolyclipError
 from service.http import paging
 from service.http.answers import TaskOut, TaskPage, TaskStatus
 from service.http.auth import PROBLEMS, Anyone, CanWrite, InServices, KeyFirst, Services, collection_of
@@ -37,12 +38,16 @@ QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands bet
 RETRY_SECONDS = 2  # after which a client that was cut off comes back
 
 
-class TaskNotCancellable(ValueError):
+class TaskNotCancellable(PolyclipError):
     """A task of this kind runs to its end."""
 
+    code, status, hint = "task_not_cancellable", 409, "wait for its end"
 
-class TooManyStreams(RuntimeError):
+
+class TooManyStreams(PolyclipError):
     """This key holds as many event streams as a key may."""
+
+    code, status, hint = "too_many_streams", 429, "close a stream first"
 
 
 class _Events(StreamingResponse):

@@ -13,6 +13,7 @@ from anyio import to_thread
 from starlette.requests import Request
 
 from indexer.formats import HEAD_BYTES, looks_like_video
+from service.errors import PolyclipError
 from service.http.middleware import content_length
 from service.http.multipart import Malformed, Multipart
 from service.storage.rows import parse_json
@@ -21,20 +22,28 @@ FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = HEAD_BYTES
 
 
-class InvalidUpload(ValueError):
+class InvalidUpload(PolyclipError, ValueError):
     """The body is not multipart/form-data with a part `file`, or another part is not what it should be."""
 
+    code, status, hint = "invalid_upload", 422, "send multipart/form-data with a part `file`; `detail` names the part"
 
-class EmptyFile(ValueError):
+
+class EmptyFile(PolyclipError):
     """The file has no bytes."""
 
+    code, status, hint = "empty_file", 422, "send a file that has bytes"
 
-class FileTooLarge(ValueError):
+
+class FileTooLarge(PolyclipError):
     """The file is over the limit."""
 
+    code, status, hint = "video_too_large", 413, "send less; `POLYCLIP_MAX_VIDEO_BYTES` is the limit"
 
-class UnsupportedMedia(ValueError):
+
+class UnsupportedMedia(PolyclipError):
     """The bytes do not begin like any video container that the decoders know."""
+
+    code, status, hint = "unsupported_media", 415, "send a container of docs/formats.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
+from service.errors import PolyclipError, describe, fault_of
 from service.jobs.task_rows import Task
-from service.storage.faults import fault_of
 
 if TYPE_CHECKING:
     from service.jobs.run import Report, Runner
@@ -31,7 +31,7 @@ class TurnOver(RuntimeError):
     """The task gives way to another tenant's that waits, and goes on later."""
 
 
-class JobFailed(RuntimeError):
+class JobFailed(PolyclipError):
     """A task cannot be done; the message says why. If it `may_pass`, the task is tried again: a limited number of times, or,
     if it `lasts` like a full disk, as often as it takes."""
 
@@ -62,21 +62,19 @@ class Kind:
 class Kinds:
     """All that a worker can do. `fill(parts, tenant, generation, videos)` embeds a chunk of videos for another task.
 
-    `codes`: errors that will not pass, with the code of the task that fails through them. `passing`: errors that may pass,
-    beside those of disk, network, database, object store and memory.
+    `passing`: errors that may pass, beside those of disk, network, database, object store and memory.
     """
 
     by_name: dict[str, Kind]
     fill: Callable[[Any, str, str, Sequence[str]], object]
-    codes: Mapping[type[Exception], str]
     passing: tuple[type[Exception], ...]
 
     def explain(self, error: Exception) -> JobFailed:
         """An error as a reason to end a task, or to try it again."""
         if isinstance(error, JobFailed):
             return error
-        if (known := next((code for kind, code in self.codes.items() if isinstance(error, kind)), None)) is not None:
-            return JobFailed(known, str(error))
+        if (told := describe(error)) is not None and told.task_code is not None:
+            return JobFailed(told.task_code, told.detail)
         stays = isinstance(error, OSError) and error.errno in LASTING
         words = str(error.orig) if isinstance(error, DBAPIError) else str(error)
         code = "worker_failed" if isinstance(error, OSError | obstore.exceptions.BaseError) else "internal"

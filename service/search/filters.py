@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from service.errors import PolyclipError
+
 FIELDS = ("duration", "width", "height", "fps", "codec", "filename", "size", "created_at")
 OPERATORS = ("eq", "ne", "in", "gt", "gte", "lt", "lte", "exists")
 ORDER: dict[str, Callable[[Any, Any], bool]] = {
@@ -24,8 +26,10 @@ MOST_FIELDS, MOST_OPERANDS, LONGEST, DEEPEST = 32, 1000, 1000, 8  # a field's pa
 TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d")
 
 
-class InvalidFilter(ValueError):
+class InvalidFilter(PolyclipError):
     """An unknown field or operator, a wrong operand, or more than a limit; `pointer` is its place in the request."""
+
+    code, status, hint = "invalid_filter", 422, "mend what `errors[0].pointer` names"
 
     def __init__(self, pointer: str, detail: str) -> None:
         super().__init__(detail)

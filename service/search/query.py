@@ -22,6 +22,7 @@ from backbone import Tokens, rescore, threads
 from backbone.batcher import DeadlinePassed
 from indexer.index import Candidate, IndexView
 from service.adapters.encoder import Encoder
+from service.errors import PolyclipError
 from service.search.filters import Filter
 from service.search.frame_vectors import FrameVectors
 from service.search.text_cache import TextCache, TextKey, TextVector, text_key
@@ -41,8 +42,10 @@ PINS_SECONDS = 60.0  # after which a search has it looked for pins of collection
 WIDENED = 3  # times that further videos are looked for, each time among four times as many segments of those not named yet
 
 
-class EmptyText(ValueError):
+class EmptyText(PolyclipError):
     """The text has nothing but white space."""
+
+    code, status, hint = "empty_text", 422, "send a text with words"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,17 @@ import obstore
 from obstore.store import from_url
 
 from adapters_store import durable
+from service.errors import PolyclipError
 
 CHUNK = 1024 * 1024
 CHUNK_KEYS = 1000
 SCRATCH_SECONDS = 24 * 3600
 
 
-class BlobMissing(LookupError):
+class BlobMissing(PolyclipError):
     """There is no blob of this key."""
+
+    code, status, hint = "file_missing", 404, "`polyclip fsck`; upload the video again"
 
 
 def video_key(collection: str, video: str) -> str:

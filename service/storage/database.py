@@ -19,6 +19,8 @@ from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DontWrapMixin
 
+from service.errors import PolyclipError
+
 BUSY_SECONDS = 15  # that a statement waits for another's lock
 CONNECTIONS = 48
 KEPT_CONNECTIONS = 16  # stay open when nobody uses them
@@ -28,8 +30,10 @@ JOURNAL_BYTES = 64 * 1024 * 1024
 SCRUB_BYTES = 256 * 1024 * 1024  # written anew in about two seconds
 
 
-class InvalidText(DontWrapMixin, ValueError):
+class InvalidText(PolyclipError, DontWrapMixin, ValueError):
     """A text holds NUL or half a character (a lone surrogate): PostgreSQL stores neither, SQLite not the latter."""
+
+    code, status, hint = "invalid_request", 422, "leave out NUL and half surrogate pairs"
 
     def __init__(self, text: str) -> None:
         super().__init__(f"a text holds NUL or half of a surrogate pair, which cannot be stored: {text!r:.80}")

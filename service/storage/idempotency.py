@@ -9,11 +9,14 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
+from service.errors import PolyclipError
 from service.storage.tables import idempotency, now
 
 
-class KeyReused(ValueError):
+class KeyReused(PolyclipError):
     """The key was used with another request."""
+
+    code, status, hint = "idempotency_key_reused", 422, "take a new key for another request"
 
 
 def request_hash(*parts: Any) -> str:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from service.errors import PolyclipError
 from service.storage import facts, tenant_rows
 from service.storage.database import Database
 from service.storage.tenant_rows import ApiKey, Tenant
@@ -26,28 +27,38 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 KEY = re.compile("[^_]*_([a-z0-9]{1,64})_")
 
 
-class MissingKey(PermissionError):
+class MissingKey(PolyclipError):
     """No key was sent."""
 
+    code, status, hint = "missing_key", 401, "send `Authorization: Bearer KEY`"
 
-class InvalidKey(PermissionError):
+
+class InvalidKey(PolyclipError):
     """The key is unknown, revoked, expired, or not the operator's."""
 
+    code, status, hint = "invalid_key", 401, "send a key that exists, is not revoked and has not expired"
 
-class TooManyWrongKeys(PermissionError):
+
+class TooManyWrongKeys(PolyclipError):
     """From this address have come too many unknown keys; `retry_after` seconds must pass."""
+
+    code, status, hint = "too_many_wrong_keys", 429, "wait `Retry-After` seconds, then send the right key"
 
     def __init__(self, retry_after: float) -> None:
         super().__init__("this address has sent too many unknown keys: wait, then send the right one")
         self.retry_after = retry_after
 
 
-class RoleTooLow(PermissionError):
+class RoleTooLow(PolyclipError):
     """The key is good, but its role does not allow this call."""
 
+    code, status, hint = "role_too_low", 403, "take a key of a higher role"
 
-class InvalidSignature(PermissionError):
+
+class InvalidSignature(PolyclipError):
     """A media URL's signature is wrong or its time has passed."""
+
+    code, status, hint = "invalid_signature", 403, "ask for the object again: its URLs are signed for a time"
 
 
 @dataclass(frozen=True, slots=True)

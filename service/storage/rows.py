@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, RowMapping, Select, Table, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from service.errors import PolyclipError
 from service.storage.database import check_text
 
 PART = 10_000
@@ -19,26 +20,34 @@ ALL = 1 << 31  # rows of a page that holds everything
 DEPTH = 32  # of JSON that comes back with every hit
 
 
-class NotFound(LookupError):
+class NotFound(PolyclipError):
     """`what` is collection, video, adapter, task, tenant or key."""
+
+    code, status, task_code, hint = "<object>_not_found", 404, "not_found", "mend the name or id"
 
     def __init__(self, what: str, name: str) -> None:
         super().__init__(f"there is no {what} {name!r}")
-        self.what = what
+        self.code = f"{what}_not_found"
 
 
-class AlreadyExists(ValueError):
+class AlreadyExists(PolyclipError):
+    code, status, hint = "<object>_exists", 409, "take another name"
+
     def __init__(self, what: str, name: str) -> None:
         super().__init__(f"there is a {what} named {name!r} already")
-        self.what = what
+        self.code = f"{what}_exists"
 
 
-class InvalidName(ValueError):
+class InvalidName(PolyclipError, ValueError):
     """A name has other characters than letters, digits, dot, hyphen and underscore, or more than 64."""
 
+    code, status, hint = "invalid_name", 422, "take a name of letters, digits, dots, hyphens and underscores"
 
-class QuotaExceeded(ValueError):
+
+class QuotaExceeded(PolyclipError):
     """The message says which quota and how large it is."""
+
+    code, status, hint = "quota_exceeded", 403, "delete something, or ask the operator for more"
 
 
 @dataclass(frozen=True, slots=True)

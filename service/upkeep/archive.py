@@ -25,6 +25,7 @@ from pathlib import Path
 from tarfile import TarInfo
 from typing import BinaryIO, TypeVar
 
+from service.errors import PolyclipError
 from service.upkeep.archive_json import Contents, Manifest, Part
 
 BLOCK, CHUNK = tarfile.BLOCKSIZE, 1 << 20
@@ -38,8 +39,10 @@ NAMES = re.compile(
 Json = TypeVar("Json", bound=Part)
 
 
-class InvalidArchive(ValueError):
+class InvalidArchive(PolyclipError, ValueError):
     """The file is no archive of this format, or damaged; nothing of it has been taken in."""
+
+    code, status, hint = "invalid_archive", 422, "export the collection anew"
 
 
 class Writer:

@@ -19,12 +19,12 @@ from sqlalchemy import Connection
 import adapters_store
 from service.adapters import adapter_rows, train
 from service.adapters.encoder import Encoder
-from service.jobs.kinds import JobFailed
+from service.errors import PolyclipError
 from service.jobs.task_rows import Task
 from service.settings import settings_json
 from service.storage import collection_rows, facts, generation_rows, tenant_rows
 from service.storage.blobs import adapter_key
-from service.storage.rows import AlreadyExists, InvalidName, NotFound, QuotaExceeded
+from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.storage.tables import new_id
 from service.storage.tenant_rows import Tenant
@@ -39,17 +39,10 @@ from service.videos.video_rows import Video
 VERIFYING = 0.3  # share of an import's progress
 
 
-class ArchiveOfOtherBackbone(ValueError):
+class ArchiveOfOtherBackbone(PolyclipError):
     """The archive's vectors and adapters were made with another backbone than the one at hand."""
 
-
-CODES: dict[type[Exception], str] = {
-    InvalidArchive: "invalid_archive",
-    ArchiveOfOtherBackbone: "archive_of_other_backbone",
-    AlreadyExists: "collection_exists",
-    InvalidName: "invalid_name",
-    QuotaExceeded: "quota_exceeded",
-}
+    code, status, hint = "archive_of_other_backbone", 409, "serve the archive's backbone, or import with `re_embed`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +144,7 @@ def import_for_task(
 ) -> dict[str, Any]:
     """The job of an import over HTTP; it may be run again after a crash. `start`: for videos that have yet to be indexed.
 
-    Raises JobFailed.
+    Raises what `import_archive` does.
     """
     collection = _collection_of(task)
     with storage.database.read() as connection:
@@ -161,12 +154,9 @@ def import_for_task(
             return {"collection_id": collection, "collection": name}  # a crash came after the last step
         except NotFound:
             pass
-    try:
-        with storage.blobs.local(task.request["archive"]) as path:
-            wish = {"name": task.request["collection"], "re_embed": task.request["re_embed"]}
-            done = import_archive(storage, encoder, decoders, tenant, path, collection=collection, progress=progress, **wish)
-    except tuple(CODES) as error:
-        raise JobFailed(CODES[type(error)], str(error)) from error
+    with storage.blobs.local(task.request["archive"]) as path:
+        wish = {"name": task.request["collection"], "re_embed": task.request["re_embed"]}
+        done = import_archive(storage, encoder, decoders, tenant, path, collection=collection, progress=progress, **wish)
     for video in done.queued:
         start(video)
     return done.to_json()

@@ -13,7 +13,7 @@ from house import House
 from serving import clip
 from workshop import Workshop
 
-from service.cli import mistakes
+from service import errors
 from service.cli.local import InvalidCaptions, index_files, read_captions
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows
@@ -96,7 +96,7 @@ def test_odd_names_and_files_are_indexed_or_passed_over(tmp_path: Path) -> None:
     assert held(tmp_path) == {cafe: [["a café"]], decomposed: [["Zoë"]]}
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder") as refused:
         index(tmp_path, None, folder / "pipe.mp4")
-    assert mistakes.explain(refused.value)
+    assert errors.line(refused.value)
 
 
 def test_indexing_again_adds_the_captions_that_are_new(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from sqlalchemy import Connection, event, func, select
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from service.adapters import adapter_rows
+from service.errors import fault_of
 from service.jobs import task_rows
 from service.settings import Settings
 from service.storage import collection_rows, facts, generation_rows, idempotency, segment_rows, tenant_rows
 from service.storage.database import Database, InvalidText
-from service.storage.faults import fault_of
 from service.storage.keys import hash_key
 from service.storage.rows import AlreadyExists, NotFound
 from service.storage.storage import Storage

@@ -27,8 +27,8 @@ from service.adapters import adapter_rows, train
 from service.adapters.train import TrainingFailed
 from service.app import create_app
 from service.cli.doctor import examine
-from service.cli.mistakes import explain
 from service.cli.parts import Parts
+from service.errors import line
 from service.jobs import task_rows
 from service.search import views
 from service.search.query import Searcher
@@ -194,7 +194,7 @@ def test_searches_go_on_while_the_disk_takes_no_writes(tmp_path: Path) -> None:
             assert not found[what].ok and "ead-only file system" in found[what].detail, found[what]
         with pytest.raises(OSError) as told:
             Parts.over(settings)
-        assert str(explain(told.value)).startswith("Read-only file system: ")
+        assert str(line(told.value)).startswith("Read-only file system: ")
 
 
 # --- a power failure
