@@ -31,13 +31,13 @@ PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error answer of `app` a problem document."""
+    """Makes every error answer of `app` a problem document. The handlers are coroutines: they need no thread to wait for."""
     others = [pkgutil.resolve_name(name) for name in errors.OTHERS]
     for kind in (errors.PolyclipError, OSError, DBAPIError, NoConnectionFree, *others):
         app.add_exception_handler(kind, _known)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _internal)
 
 
@@ -73,10 +73,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 1] + "…"
 
 
-def _known(request: Request, error: Exception) -> Response:
+async def _known(request: Request, error: Exception) -> Response:
     told = errors.describe(error)
     if told is None or told.status is None:
-        return _internal(request, error)
+        return await _internal(request, error)
     if isinstance(error, InvalidText) and error.text in request.path_params.values():
         return problem(request, 404, "not_found", "nothing has this name")
     if errors.fault_of(error) is not None or isinstance(error, DamagedAdapter):
@@ -86,19 +86,23 @@ def _known(request: Request, error: Exception) -> Response:
     return problem(request, told.status, told.code, told.detail, places, wait)
 
 
-def _invalid_request(request: Request, error: Exception) -> Response:
+async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     places = [{"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()]
     detail = "; ".join(f"{_cut(place['pointer']) or 'body'}: {_cut(place['detail'])}" for place in places[:MAX_ERRORS])
     return problem(request, 422, "invalid_request", detail, places)
 
 
-def _plain(request: Request, error: Exception) -> Response:
+async def _plain(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = PLAIN.get(error.status_code, "invalid_request")
     return problem(request, error.status_code, code, str(error.detail), headers=error.headers)
 
 
-def _internal(request: Request, error: Exception) -> Response:
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _internal(request: Request, error: Exception) -> Response:
     log.exception("request_failed", request_id=request.state.request_id, path=request.url.path, exc_info=error)
     return problem(request, 500, "internal", "this is our fault; the log tells more under the request id")

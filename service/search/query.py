@@ -6,15 +6,14 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import structlog
-from anyio import CapacityLimiter, to_thread
 from numpy.typing import NDArray
 
 from adapters_store import Lease, PinsExhausted
@@ -34,6 +33,8 @@ from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.videos import video_rows
 from service.videos.video_rows import Video
+
+Result = TypeVar("Result")
 
 log = structlog.get_logger()
 
@@ -93,13 +94,14 @@ class Searcher:
         self.views = Views(storage, encoder)
         self.frames = FrameVectors(storage.database, storage.settings.frame_cache_bytes)
         self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
-        self._resolvers = CapacityLimiter(RESOLVERS)  # threads of its own: uploads may hold all others
+        self._resolvers = ThreadPoolExecutor(RESOLVERS, "resolve", threads.alone)  # its own: uploads may hold all others
         self._pinned: dict[str, str] = {}  # collection → digest
         self._pins_checked = time.monotonic()
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._resolvers, self._threads):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.views.close()
 
     def search(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
@@ -114,7 +116,7 @@ class Searcher:
         asked on other threads.
         """
         clock = _Clock()
-        question = await to_thread.run_sync(self._resolve, tenant, collection_name, text, limiter=self._resolvers)
+        question = await self._on_thread(self._resolve, tenant, collection_name, text)
         clock.lap("resolve")
         encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
         clock.lap("encode")
@@ -124,6 +126,9 @@ class Searcher:
             return await asyncio.get_running_loop().run_in_executor(self._threads, find)
         finally:
             given_up.set()
+
+    async def _on_thread(self, ask: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._resolvers, ask, *arguments)
 
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
         with self._storage.database.read() as connection:
@@ -141,7 +146,7 @@ class Searcher:
         seconds = self._storage.settings.search_seconds
         tokens = question.tokens
         if tokens is None:
-            tokens = await to_thread.run_sync(self._encoder.backbone.tokenize, [question.key.text], limiter=self._resolvers)
+            tokens = await self._on_thread(self._encoder.backbone.tokenize, [question.key.text])
         request = self._encoder.request_lease(question.generation)
         try:
             lease: Lease | None = None

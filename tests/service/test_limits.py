@@ -217,22 +217,20 @@ def test_uploads_that_stand_still_hold_up_nobody_else(guest: Tenant, monkeypatch
         write(parser, data)
 
     monkeypatch.setattr(Multipart, "feed", stand_still)
-    with ThreadPoolExecutor(60) as clients:
+    asked: list[tuple[str, str, dict[str, str] | None, int]] = [
+        ("GET", "/healthz", None, 200),
+        ("GET", "/readyz", None, 200),
+        ("GET", "/collections", None, 200),
+        ("POST", "/search", {"collection": collection, "text": "a ball"}, 200),
+        ("POST", "/search", {"collection": "nothing", "text": "a ball"}, 404),
+    ]
+    with ThreadPoolExecutor(60) as clients, ThreadPoolExecutor(len(asked)) as others:
         uploads = [clients.submit(guest.upload, collection, clip(1)) for _ in range(60)]
         try:
             most = guest.client.app.state.services.receiving.total_tokens
             wait_for("as many as are written at once", lambda: len(standing) == most)
-            others = [
-                clients_too.submit(ask)
-                for clients_too in [ThreadPoolExecutor(4)]
-                for ask in (
-                    lambda: guest.client.get("/healthz").status_code,
-                    lambda: guest.client.get("/readyz").status_code,
-                    lambda: guest.post("/search", {"collection": collection, "text": "a ball"}).status_code,
-                    lambda: guest.get("/collections").status_code,
-                )
-            ]
-            assert [other.result(100) for other in others][2:] == [200, 200] and others[0].result() == 200
+            answers = [others.submit(guest.call, method, path, json=body) for method, path, body, _ in asked]
+            assert [answer.result(100).status_code for answer in answers] == [status for *_, status in asked]
             assert len(standing) == most
         finally:
             go_on.set()
