@@ -92,8 +92,8 @@ class Recipe(BaseModel):
             return cls.model_validate(given)
         except ValidationError as errors:
             error = errors.errors()[0]
-            name = error["loc"][0]
-            if error["type"] in ("extra_forbidden", "invalid_key"):
+            name = error["loc"][0] if error["loc"] else error["input"]  # a field whose name is no text has no place
+            if error["type"] in ("extra_forbidden", "invalid_key") or not error["loc"]:
                 known = ", ".join(sorted([*cls.model_fields, "preset"]))
                 raise InvalidRecipe(f"unknown recipe field {reprlib.repr(name)}; known are {known}") from errors
             rule = error["msg"].replace("Input should", "must")

@@ -241,7 +241,12 @@ def test_ctrl_c_ends_indexing_and_the_next_run_goes_on(tmp_path: Path, folder: P
     for number in range(150):  # more than are done before the signal comes, however slow this process is
         (videos / f"{number}.mp4").write_bytes(small + b"\0\0\0\x0cfree" + number.to_bytes(4))
     command = ["index", str(videos), "--collection", "films", "--data", str(tmp_path / "data")]
-    running = subprocess.Popen([sys.executable, "-m", "service.cli", *command], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "service.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it
+    )
     database = tmp_path / "data" / "polyclip.sqlite"
 
     def statuses() -> list[str]:
