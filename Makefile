@@ -8,7 +8,7 @@ N ?= 100
 SEED ?= 0
 FAST := not slow and not browser and not postgres and not gpu
 
-.PHONY: install demo demo-check test fast slow-list check crash bench results clean
+.PHONY: install demo demo-check test coverage fast slow-list check crash bench results clean
 
 install: $(VENV)/.installed
 
@@ -33,7 +33,10 @@ demo-check: install
 	@$(BIN)/polyclip demo --check
 
 test: install
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+coverage: install
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 # What a change is tried with every few minutes: no server, browser, database server, GPU or crash.
 fast: install

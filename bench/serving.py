@@ -154,7 +154,7 @@ def fill(
     """Tenants, collections, adapters and random vectors, through the rows; what the naive service needs, beside it."""
     import adapters_store
     from backbone import AdapterShape
-    from service.adapters import train
+    from service.adapters.publish import publish
     from service.cli.parts import Parts
     from service.settings import Settings
     from service.storage import collection_rows, generation_rows, keys, segment_rows, tenant_rows
@@ -174,9 +174,7 @@ def fill(
             with parts.storage.database.write() as connection:
                 collection = collection_rows.create_collection(connection, tenant, name, {}, backbone.fingerprint)
             packed = adapters_store.pack(shape, backbone.fingerprint, shape.initial(each * t + c))
-            version = train.publish(
-                parts.storage, parts.encoder, tenant.id, collection.id, packed, adapters_store.describe(packed)
-            )
+            version = publish(parts.storage, parts.encoder, tenant.id, collection.id, packed, adapters_store.describe(packed))
             frames = rng.normal(size=(videos_each, FRAMES, backbone.embed_dim)).astype(np.float16)
             pooled = frames.astype(np.float32).mean(1)
             pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)

@@ -24,9 +24,6 @@ ROOMS = {  # inside `service`: a room, and those that it may import
 }
 OPEN_TO_ALL = {"settings", "logs", "errors"}  # modules beside the rooms
 STARTS_THE_APPLICATION = {"service/cli/serve.py"}
-LEFT = {  # to be emptied: a file, and modules of a door that it imports though it must not
-    "service/cli/local.py": {"service.http.uploads", "service.http.videos"},
-}
 
 
 def imports(path: Path) -> set[str]:
@@ -55,17 +52,11 @@ def test_imports_point_one_way(package: str) -> None:
 def test_rooms_of_the_service_import_one_way(room: str) -> None:
     for path in (ROOT / "service" / room).rglob("*.py"):
         name = path.relative_to(ROOT).as_posix()
-        ours = {module for module in imports(path) if module.startswith("service.")} - LEFT.get(name, set())
+        ours = {module for module in imports(path) if module.startswith("service.")}
         rooms = {module.split(".")[1] for module in ours}
         if name in STARTS_THE_APPLICATION:
             rooms -= {"app", "http"}
         assert rooms <= ROOMS[room] | {room} | OPEN_TO_ALL, f"{name} imports {sorted(ours)}"
-
-
-def test_what_is_left_to_be_mended_is_still_there() -> None:
-    """An entry of LEFT that is mended leaves the list."""
-    for name, modules in LEFT.items():
-        assert modules and modules <= imports(ROOT / name), name
 
 
 @pytest.mark.parametrize(
@@ -81,6 +72,7 @@ def test_routes_and_schemas_are_the_only_users_of_pydantic_models() -> None:
         "service/settings.py",
         "service/http",
         "service/videos/captions.py",
+        "service/videos/accept.py",
         "service/upkeep/archive_json.py",
         "service/errors.py",
     }

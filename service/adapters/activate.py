@@ -2,7 +2,7 @@
 
 A round is one transaction that finds the generation, or makes it, and what it lacks; with nothing lacking it switches. Between
 two rounds the lacking videos are embedded, in chunks, in parallel. All that has been done is in the rows, so a build may be
-broken off anywhere and goes on from there; videos that become ready meanwhile are embedded for both (`ingest.embed_video`).
+broken off anywhere and goes on from there; videos that become ready meanwhile are embedded for both (`index.embed_video`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from indexer.frames import DamagedFrames
 from service.adapters import adapter_rows
 from service.adapters.encoder import Encoder
+from service.jobs.task_rows import Task
 from service.storage import collection_rows, generation_rows, segment_rows
 from service.storage.blobs import BlobMissing
 from service.storage.generation_rows import Generation
@@ -83,6 +85,46 @@ def activate(
                 if generation.adapter_id == adapter_id and generation.state == "building":
                     generation_rows.set_generation_state(connection, tenant, generation.id, "retired")
         raise
+
+
+def activate_adapter(
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    task: Task,
+    progress: Callable[[float, str], None],
+    spread: Spread | None = None,
+) -> dict[str, Any]:
+    """Activates an adapter, or the frozen backbone, as a task asks; returns its result."""
+    adapter = task.request["adapter_id"]
+    done = activate_and_tell(
+        storage, encoder, decoders, tenant, str(task.collection_id), adapter, progress, spread, asked=task.created_at
+    )
+    return {"adapter_id": adapter, **done}
+
+
+def activate_and_tell(
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    collection_id: str,
+    adapter_id: str | None,
+    progress: Callable[[float, str], None],
+    spread: Spread | None,
+    asked: str,
+) -> dict[str, Any]:
+    """`activate` with a task's progress: what came of it, for the task's result."""
+
+    def tell(done: int, total: int) -> None:
+        progress(done / total, f"embedding the missing videos: {done} of {total}")
+
+    try:
+        active = activate(storage, encoder, decoders, tenant, collection_id, adapter_id, tell, spread, asked)
+    except Superseded as error:
+        return {"activated": False, "reason": str(error)}
+    return {"activated": True, "generation_id": active.generation.id, "embedded": active.embedded}
 
 
 def fill_chunk(

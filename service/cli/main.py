@@ -86,7 +86,7 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Index videos without a running service: the same code, the same records. May be run again."""
-    from service.cli.local import index_files
+    from service.cli.index import index_files
 
     settings = settings_from(data, backbone=backbone, pretrained=pretrained)
     report = index_files(settings, tenant, collection, paths, captions, console=None if as_json else err)

@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from adapters_store import LeaseTimeout
 from backbone.batcher import BatcherFull
 from service.adapters import activate, train
+from service.adapters.evaluate import evaluate
 from service.cli.parts import Parts
 from service.jobs import worker
 from service.jobs.kinds import Kind, Kinds
@@ -60,13 +61,13 @@ def _train_adapter(parts: Parts, runner: Runner, task: Task, report: Report) -> 
 
 def _activate(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
     shared = parts.storage, parts.encoder, parts.decoders
-    return train.activate_adapter(*shared, task.tenant_id, task, report, runner.spread(task))
+    return activate.activate_adapter(*shared, task.tenant_id, task, report, runner.spread(task))
 
 
 def _evaluate(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
     with parts.storage.database.read() as connection:
         name = collection_rows.collection_name(connection, task.tenant_id, str(task.collection_id))
-    found = train.evaluate(parts.storage, parts.encoder, task.tenant_id, name, task.request["split"]).found
+    found = evaluate(parts.storage, parts.encoder, task.tenant_id, name, task.request["split"]).found
     report.check()
     return found.to_json(intervals=True)
 

@@ -11,8 +11,9 @@ from sqlalchemy import Connection
 
 import adapters_store
 from service.adapters import adapter_rows
-from service.adapters import train as learning
 from service.adapters.adapter_rows import AdapterVersion
+from service.adapters.publish import publish
+from service.adapters.train import check_captions, check_recipe
 from service.http import document, paging, uploads
 from service.http.answers import AdapterDetail, AdapterImportOut, AdapterPage, QueuedOut
 from service.http.auth import PROBLEMS, CanAdmin, CanSearch, IdempotencyKey, InServices, KeyFirst, Services, collection_of
@@ -25,7 +26,7 @@ from service.storage.blobs import adapter_key
 from service.storage.collection_rows import Collection
 from service.storage.tables import now
 from service.storage.tenant_rows import Tenant
-from service.upkeep import delete as cleanup
+from service.upkeep.delete import delete_adapter
 
 router = APIRouter(route_class=KeyFirst, tags=["adapters"], responses=PROBLEMS)
 
@@ -37,10 +38,10 @@ def train(
     """Trains an adapter from the collection's captions and, if its validation R@1 is no worse, activates it."""
     body = body or TrainRequest()
     recipe = {**body.recipe, **({"scope": body.scope} if body.scope else {})}
-    learning.check_recipe(services.storage, services.encoder, recipe)
+    check_recipe(services.storage, services.encoder, recipe)
 
     def add(connection: Connection, collection: Collection) -> Task:
-        learning.check_captions(connection, tenant.id, collection.id)
+        check_captions(connection, tenant.id, collection.id)
         request = {"recipe": recipe, "activate": body.activate}
         return task_rows.add_task(connection, tenant.id, collection.id, "train_adapter", request)
 
@@ -59,19 +60,19 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, services
     settings = services.storage.settings
     received = await uploads.receive(request, settings.scratch, adapters_store.artifact.MAX_BYTES, video=False)
 
-    def publish() -> dict[str, Any]:
+    def take_in() -> dict[str, Any]:
         data = received.path.read_bytes()
         manifest = adapters_store.describe(data, created_at=now(), recipe={"imported": received.filename})
         with services.storage.database.read() as connection:
             collection = collection_of(connection, tenant, name)
-        version = learning.publish(services.storage, services.encoder, tenant.id, collection.id, data, manifest)
+        version = publish(services.storage, services.encoder, tenant.id, collection.id, data, manifest)
         with services.storage.database.write() as connection:
-            task = task_rows.add_task(connection, tenant.id, collection.id, "import_adapter", {"digest": version.digest})
-            task_rows.end_task(connection, tenant.id, task.id, "succeeded", result={"adapter_id": version.id})
+            asked, result = {"digest": version.digest}, {"adapter_id": version.id}
+            task = task_rows.add_done(connection, tenant.id, collection.id, "import_adapter", asked, result=result)
         return {"task_id": task.id, "adapter_id": version.id}
 
     try:
-        return await to_thread.run_sync(publish, limiter=services.receiving)
+        return await to_thread.run_sync(take_in, limiter=services.receiving)
     finally:
         received.path.unlink(missing_ok=True)
 
@@ -148,7 +149,7 @@ def delete(name: str, adapter_id: str, tenant: CanAdmin, services: InServices) -
     """The adapter is gone at once, its file and vectors follow in the background. Not the one that searches use."""
     with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
-        task = cleanup.delete_adapter(connection, tenant.id, collection.id, adapter_id)
+        task = delete_adapter(connection, tenant.id, collection.id, adapter_id)
     services.jobs.enqueue(task)
     return Response(status_code=204)
 

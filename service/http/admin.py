@@ -17,7 +17,7 @@ from service.storage import keys, tenant_rows
 from service.storage.keys import Caller
 from service.storage.rows import NotFound
 from service.storage.tenant_rows import ApiKey, Tenant
-from service.upkeep import delete as cleanup
+from service.upkeep.delete import delete_tenant
 
 router = APIRouter(route_class=KeyFirst, prefix="/admin/tenants", tags=["tenants"], responses=PROBLEMS)
 
@@ -45,7 +45,7 @@ def delete(name: str, who: Anyone, services: InServices) -> Response:
     """The tenant's keys stop working at once; all that it has follows in the background (operator's key)."""
     keys.check_role(who, "root")
     with services.storage.database.write() as connection:
-        task = cleanup.delete_tenant(connection, tenant_rows.tenant_named(connection, name).id)
+        task = delete_tenant(connection, tenant_rows.tenant_named(connection, name).id)
     services.jobs.enqueue(task)
     return Response(status_code=204)
 

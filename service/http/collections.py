@@ -15,7 +15,7 @@ from service.settings import settings_json
 from service.storage import collection_rows, generation_rows, idempotency, rows
 from service.storage.collection_rows import Collection
 from service.storage.tenant_rows import Tenant
-from service.upkeep import delete as cleanup
+from service.upkeep.delete import delete_collection
 from service.videos import video_rows
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections", tags=["collections"], responses=PROBLEMS)
@@ -71,7 +71,7 @@ def delete(name: str, tenant: CanWrite, services: InServices) -> Response:
     """The collection is gone at once; its files and vectors follow in the background."""
     with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
-        task = cleanup.delete_collection(connection, tenant.id, collection.id)
+        task = delete_collection(connection, tenant.id, collection.id)
     services.jobs.enqueue(task)
     return Response(status_code=204)
 

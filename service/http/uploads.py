@@ -17,15 +17,10 @@ from service.errors import PolyclipError
 from service.http.middleware import content_length
 from service.http.multipart import Malformed, Multipart
 from service.storage.rows import parse_json
+from service.videos.accept import InvalidUpload, label
 
 FIELD_BYTES = 1024 * 1024
 SNIFF_BYTES = HEAD_BYTES
-
-
-class InvalidUpload(PolyclipError, ValueError):
-    """The body is not multipart/form-data with a part `file`, or another part is not what it should be."""
-
-    code, status, hint = "invalid_upload", 422, "send multipart/form-data with a part `file`; `detail` names the part"
 
 
 class EmptyFile(PolyclipError):
@@ -179,11 +174,3 @@ def _decoded(name: str, data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidUpload(f"the part {name!r} is not UTF-8 text (byte {error.start})") from error
-
-
-def label(filename: str | None) -> str:
-    """What the client called the file, for people to read: the last part of the path, printable, at most 255 characters."""
-    name = (filename or "").replace("\\", "/").rsplit("/", 1)[-1]
-    with suppress(UnicodeError):
-        name = name.encode("latin-1").decode("utf-8")
-    return "".join(c for c in name if c.isprintable())[:255] or "video"

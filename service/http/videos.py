@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection
 
 from service.http import document, paging, uploads
@@ -26,21 +24,17 @@ from service.http.auth import (
 from service.http.collections import listing
 from service.http.schemas import MAX_METADATA, Captions
 from service.http.search import media_urls
-from service.http.uploads import FileTooLarge, InvalidUpload, Upload
-from service.jobs.task_rows import Task
-from service.storage import collection_rows, idempotency, tenant_rows
-from service.storage.blobs import video_key
+from service.http.uploads import FileTooLarge, Upload
+from service.storage import idempotency, tenant_rows
 from service.storage.rows import QuotaExceeded
-from service.storage.tables import new_id
 from service.storage.tenant_rows import Tenant
-from service.upkeep import delete as cleanup
-from service.videos import index, video_rows
-from service.videos.captions import MAX_CAPTIONS, CaptionIn
+from service.upkeep.delete import delete_video
+from service.videos import video_rows
+from service.videos.accept import InvalidUpload, accept, parse_captions
 from service.videos.video_rows import Caption, Video
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
 PageLimit = Annotated[int, Query(ge=1, le=50)]
-_captions = TypeAdapter(list[str | CaptionIn])
 
 _BODY = document.form(
     "a video",
@@ -105,7 +99,7 @@ def delete(name: str, video_id: str, tenant: CanWrite, services: InServices) -> 
     with services.storage.database.write() as connection:
         collection = collection_of(connection, tenant, name)
         video_rows.video(connection, tenant.id, video_id, collection.id)
-        task = cleanup.delete_video(connection, tenant.id, collection.id, video_id)
+        task = delete_video(connection, tenant.id, collection.id, video_id)
     services.jobs.enqueue(task)
     return Response(status_code=204)
 
@@ -157,92 +151,15 @@ def _check_before(services: Services, tenant: Tenant, name: str) -> None:
 
 
 def _store(services: Services, tenant: Tenant, name: str, received: Upload, key: str | None) -> dict[str, Any]:
-    """File first, then row and task in one transaction, then the queue: a crash between leaves nothing acknowledged lost."""
     metadata = received.json_field("metadata", dict)
     if len(received.fields.get("metadata", "").encode()) > MAX_METADATA:
         raise InvalidUpload(f"the part 'metadata' is over {MAX_METADATA} bytes")
     captions = parse_captions(received.json_field("captions", list) or [])
     hashed = idempotency.request_hash("videos", name, received.sha256, received.filename, received.fields)
-    video_id = new_id("vid")
-    database, blobs = services.storage.database, services.storage.blobs
-    with database.read() as connection:
+    with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
-        if (earlier := idempotency.earlier_answer(connection, tenant.id, key, hashed)) is not None:
-            return earlier  # type: ignore[no-any-return]
-        twin = video_rows.twin(connection, tenant.id, collection.id, received.sha256)
-    if twin is not None:
-        restored = index.restore_file(services.storage, twin, received.path)
-        if restored or (key is None and metadata is None and not captions):
-            known = twin
-            with database.write() as connection:
-                changed = lambda: _duplicate(known, renew(connection, known, metadata, captions))  # noqa: E731
-                return idempotency.once(connection, tenant.id, key, hashed, changed)
-    task: Task | None = None
-
-    def add() -> dict[str, Any]:
-        nonlocal task
-        collection_rows.lock_collection(connection, tenant.id, collection.id)  # of two equal uploads at once, one is the twin
-        if (twin := video_rows.twin(connection, tenant.id, collection.id, received.sha256)) is not None:
-            return _duplicate(twin, renew(connection, twin, metadata, captions))
-        tenant_rows.check_quota(connection, tenant, videos=1, bytes=received.size)
-        row = (received.filename, received.sha256, received.size, metadata or {}, captions)
-        task = video_rows.add_video(connection, tenant.id, collection.id, video_id, *row)
-        return {"video_id": video_id, "task_id": task.id, "status": "pending", "duplicate_of": None, "updated": []}
-
-    blobs.put_file(video_key(collection.id, video_id), received.path)
-    try:
-        with database.write() as connection:
-            answer = idempotency.once(connection, tenant.id, key, hashed, add)
-    finally:
-        if task is None:
-            blobs.delete(video_key(collection.id, video_id))
+    told = (received.filename, received.sha256, received.size, lambda: received.path)
+    answer, task = accept(services.storage, tenant, collection, *told, captions, metadata, key, hashed)
     if task is not None:
         services.jobs.enqueue(task)
     return answer
-
-
-def _duplicate(twin: Video, updated: list[str]) -> dict[str, Any]:
-    told = {"video_id": twin.id, "task_id": twin.task_id, "status": twin.status}
-    return {**told, "duplicate_of": twin.id, "updated": updated}
-
-
-def renew(connection: Connection, twin: Video, metadata: dict[str, Any] | None, captions: list[Caption]) -> list[str]:
-    """What the same bytes bring once more: captions that the video lacks are added, metadata replaces its own.
-
-    Returns which of "captions" and "metadata" have changed. Raises InvalidUpload over the bound, NotFound for a deleted video.
-    """
-    if metadata is None and not captions:
-        return []
-    collection_rows.lock_collection(
-        connection, twin.tenant_id, twin.collection_id
-    )  # of two at once, one sees the other's captions
-    twin, updated = video_rows.video(connection, twin.tenant_id, twin.id), []
-    held = video_rows.captions_of(connection, twin.tenant_id, [twin.id])[twin.id]
-    known = set(held)
-    if fresh := [caption for caption in dict.fromkeys(captions) if caption not in known]:
-        if len(held) + len(fresh) > MAX_CAPTIONS:
-            raise InvalidUpload(f"a video may have {MAX_CAPTIONS} captions: it has {len(held)}, {len(fresh)} more were given")
-        video_rows.add_captions(connection, twin.id, fresh, first=len(held))
-        updated.append("captions")
-    changes: dict[str, Any] = {}
-    if metadata is not None and json.dumps(metadata, sort_keys=True) != json.dumps(dict(twin.metadata), sort_keys=True):
-        changes["metadata"] = metadata
-        updated.append("metadata")
-    if updated:
-        video_rows.set_video(connection, twin.tenant_id, twin.id, **changes)
-    return updated
-
-
-def parse_captions(values: list[Any]) -> list[Caption]:
-    """Strings, or objects with text, start and end. Raises InvalidUpload."""
-    if len(values) > MAX_CAPTIONS:
-        raise InvalidUpload(f"the part 'captions': a video may have {MAX_CAPTIONS} captions, not {len(values)}")
-    try:
-        parsed = _captions.validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidUpload(f"the part 'captions': {first['msg']} at {'/'.join(str(p) for p in first['loc'])}") from error
-    captions = [Caption(c) if isinstance(c, str) else Caption(c.text, c.start, c.end) for c in parsed]
-    if any(not caption.text.strip() for caption in captions):
-        raise InvalidUpload("the part 'captions': a caption is empty")
-    return captions

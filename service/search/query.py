@@ -95,7 +95,7 @@ class Searcher:
         self.frames = FrameVectors(storage.database, storage.settings.frame_cache_bytes)
         self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
         self._resolvers = ThreadPoolExecutor(RESOLVERS, "resolve", threads.alone)  # its own: uploads may hold all others
-        self._pinned: dict[str, str] = {}  # collection → digest
+        self._pinned: dict[str, str] = {}  # collection → digest that a pin was asked for
         self._pins_checked = time.monotonic()
         self._lock = threading.Lock()
 
@@ -196,23 +196,24 @@ class Searcher:
             if self._pinned and time.monotonic() - self._pins_checked > PINS_SECONDS:
                 self._pins_checked = time.monotonic()
                 self.views.beside(self.release_pins)
-            held = self._pinned.get(collection.id)
-            if held == wanted:
+            if self._pinned.get(collection.id) == wanted:
                 return
-            if held is not None:
+            if wanted is None:
                 self._encoder.residency.unpin(collection.id)
                 del self._pinned[collection.id]
-            if wanted is not None:
-                try:
-                    self._encoder.residency.pin(wanted, collection.id, collection.tenant_id)
-                except PinsExhausted as error:
-                    log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
-                else:
-                    self._pinned[collection.id] = wanted
+                return
+            self._pinned[collection.id] = wanted  # where it is refused too: it is not asked for again with every search
+            try:
+                self._encoder.residency.pin(wanted, collection.id, collection.tenant_id)
+            except PinsExhausted as error:
+                log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
 
     def release_pins(self) -> None:
-        """Ends the pins of collections that have been deleted, alone or with their tenant."""
-        for collection, tenant in self._encoder.residency.pins().items():
+        """Ends the pins of collections that are gone, alone or with their tenant; what was refused may be asked for again."""
+        with self._lock:
+            pins = self._encoder.residency.pins()
+            self._pinned = {collection: digest for collection, digest in self._pinned.items() if collection in pins}
+        for collection, tenant in pins.items():
             try:
                 with self._storage.database.read() as connection:
                     collection_rows.collection_name(connection, tenant, collection)

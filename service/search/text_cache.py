@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from backbone.batcher import BatcherFull, DeadlinePassed
 
 OVERHEAD = 450  # bytes of an entry beside its text and its vector: key, digest, record, array header, place in the table
-# These tell of who asked, not of the text; StopIteration is here as asyncio's futures refuse it.
-OF_THE_CALLER = (BatcherFull, DeadlinePassed, CancelledError, TimeoutError, StopIteration)
+OF_THE_CALLER = (BatcherFull, DeadlinePassed, CancelledError, TimeoutError)  # these tell of who asked, not of the text
 
 
 class TextKey(NamedTuple):
@@ -69,26 +68,11 @@ class TextCache:
     def __contains__(self, key: TextKey) -> bool:
         return key in self._entries
 
-    def get_or_compute(self, key: TextKey, compute: Callable[[], TextVector]) -> TextVector:
-        """The entry of a key of `text_key`; not for the thread of an event loop, as it may wait.
+    async def get_or_run(self, key: TextKey, compute: Callable[[], Awaitable[TextVector]]) -> TextVector:
+        """The entry of a key of `text_key`. A caller that is cancelled disturbs no other.
 
         Raises what `compute` raises, called here or by another caller.
         """
-        while True:
-            flight, first = self._join(key)
-            if first:
-                try:
-                    return self._land(key, flight, compute())
-                except BaseException as error:
-                    self._fail(key, flight, error)
-                    raise
-            try:
-                return flight.result()
-            except _GivenUp:
-                continue
-
-    async def get_or_run(self, key: TextKey, compute: Callable[[], Awaitable[TextVector]]) -> TextVector:
-        """The same for coroutines. A caller that is cancelled disturbs no other."""
         while True:
             flight, first = self._join(key)
             if first:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, and_, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from service.jobs.task_rows import add_task, end_task
+from service.jobs.task_rows import add_done, add_task
 from service.storage.collection_rows import collection_named
 from service.storage.rows import AlreadyExists, NotFound, checked_name, record
 from service.storage.tables import collections, new_id, now, segments, videos
@@ -77,8 +77,7 @@ def add_hidden_video(
         raise NotFound("collection", collection)
     if row["status"] == "ready":
         done = {"video_id": row["id"]}
-        task = add_task(connection, tenant, collection, "index_video", done).id
-        end_task(connection, tenant, task, "succeeded", message="imported", result=done)
+        task = add_done(connection, tenant, collection, "index_video", done, message="imported", result=done).id
     own = {"tenant_id": tenant, "collection_id": collection, "task_id": task, "updated_at": stamp, "deleted_at": stamp}
     connection.execute(insert(videos).values(**row, **own))
     set_captions(connection, tenant, row["id"], texts)

@@ -17,8 +17,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 import adapters_store
-from service.adapters import adapter_rows, train
+from service.adapters import adapter_rows
 from service.adapters.encoder import Encoder
+from service.adapters.publish import check_adapter
 from service.errors import PolyclipError
 from service.jobs.task_rows import Task
 from service.settings import settings_json
@@ -211,7 +212,7 @@ def _take_adapters(
         try:
             data = archive.read(parts[f"adapters/{each.digest}.safetensors"], adapters_store.artifact.MAX_BYTES)
             told = archive.json(parts[f"adapters/{each.digest}.json"], AdapterManifest)
-            train.check_adapter(storage, encoder, data)
+            check_adapter(storage, encoder, data)
             if held_out := told.data.get("validation_videos"):
                 told.data["validation_videos"] = sorted(ids[str(video)] for video in held_out)
             manifest = adapters_store.describe(data, **told.model_dump())

@@ -14,8 +14,8 @@ from sqlalchemy import func, select
 import adapters_store
 from backbone import AdapterShape
 from service.adapters import activate as generations
-from service.adapters import train
 from service.adapters.adapter_rows import AdapterVersion
+from service.adapters.publish import publish
 from service.cli.parts import Parts
 from service.search.query import Searcher
 from service.settings import Settings
@@ -25,8 +25,8 @@ from service.storage.collection_rows import Collection
 from service.storage.tables import metadata, new_id
 from service.storage.tenant_rows import Tenant
 from service.upkeep import archive_rows
-from service.videos import index as ingest
 from service.videos import video_rows
+from service.videos.index import index_video
 from service.videos.video_rows import Caption, Video
 
 
@@ -62,7 +62,7 @@ class House:
             captions = [Caption(f"colour number {number}", 0.0, seconds), Caption("ein Ball für Zoë")]
             video_rows.add_video(connection, self.tenant.id, collection.id, video, *row, captions)
         if index:
-            ingest.index_video(self.storage, self.encoder, self.decoders, self.tenant.id, video)
+            index_video(self.storage, self.encoder, self.decoders, self.tenant.id, video)
         return self.video(video)
 
     def add_adapter(
@@ -74,7 +74,7 @@ class House:
         tensors = {name: 30 * tensor for name, tensor in shape.initial(seed).items()}
         data = adapters_store.pack(shape, backbone.fingerprint, tensors)
         manifest = adapters_store.describe(data, data={"validation_videos": list(held_out)}, recipe={"seed": seed})
-        version = train.publish(self.storage, self.encoder, self.tenant.id, collection.id, data, manifest)
+        version = publish(self.storage, self.encoder, self.tenant.id, collection.id, data, manifest)
         self.activate(collection, version.id)
         return version
 

@@ -13,6 +13,7 @@ import adapters_store
 from adapters_store import Fit, InvalidAdapter, pack
 from backbone import AdapterShape, TowerDims
 from service.adapters import train as learning
+from service.adapters.publish import publish
 from service.jobs import task_rows
 from service.jobs.kinds import TurnOver
 from service.jobs.run import TURN_WAITS, Report
@@ -88,7 +89,7 @@ def test_the_published_file_is_one_that_fits(workshop: Workshop) -> None:
     """Whatever way an adapter comes in: the check is in front of the one place that publishes."""
     collection, data = workshop.guest.collection(), adapter(workshop, 40)
     with pytest.raises(InvalidAdapter, match="rank 40"):
-        learning.publish(
+        publish(
             workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, adapters_store.describe(data)
         )
     assert isinstance(workshop.encoder.fit, Fit)

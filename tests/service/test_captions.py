@@ -14,7 +14,7 @@ from serving import clip
 from workshop import Workshop
 
 from service import errors
-from service.cli.local import InvalidCaptions, index_files, read_captions
+from service.cli.index import InvalidCaptions, index_files, read_captions
 from service.settings import Settings
 from service.storage import collection_rows, tenant_rows
 from service.upkeep.archive_json import VideoRecord

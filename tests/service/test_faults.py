@@ -24,7 +24,7 @@ from workshop import Workshop, runner
 from adapters_store import describe, pack, read, write
 from backbone import AdapterShape, TowerDims
 from service.adapters import adapter_rows, train
-from service.adapters.train import TrainingFailed
+from service.adapters.trainer import TrainingFailed
 from service.app import create_app
 from service.cli.doctor import examine
 from service.cli.parts import Parts

@@ -12,13 +12,13 @@ from workshop import Workshop, runner
 import adapters_store
 from backbone import AdapterShape
 from service.adapters import activate as generations
-from service.adapters import train
+from service.adapters.publish import publish
 from service.jobs import task_rows
 from service.jobs.kinds import Cancelled
 from service.storage import generation_rows
 from service.storage.blobs import frames_key, video_key
 from service.storage.rows import NotFound
-from service.upkeep import delete as cleanup
+from service.upkeep import delete
 from service.videos import index, video_rows
 
 
@@ -179,7 +179,7 @@ def test_one_of_two_builders_is_cancelled_and_the_other_goes_on(workshop: Worksh
         with workshop.storage.database.write() as connection:
             generation_rows.set_generation_state(connection, workshop.tenant, made.id, "retired")
             connection.exec_driver_sql("update generations set retired_at = '2000-01-01T00:00:00Z' where id = ?", (made.id,))
-        cleanup.retain(workshop.storage)  # and retention takes it away under the other's hands
+        delete.retain(workshop.storage)  # and retention takes it away under the other's hands
 
     activate(workshop, collection, adapter, cancel)
     assert workshop.states(collection) == {None: "retired", adapter: "active"}
@@ -276,12 +276,12 @@ def test_a_generation_left_building_by_a_crash(workshop: Workshop) -> None:
     generations.fill_chunk(
         workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, missing[:1]
     )  # and here the worker dies
-    cleanup.sweep(workshop.storage)
+    delete.sweep(workshop.storage)
     assert workshop.states(collection)[adapter] == "building", "its task will come for it"
     assert workshop.done(answer)["embedded"] == 2
     other = workshop.adapter(collection, 2)
     generations._round(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), other, None)
-    cleanup.sweep(workshop.storage)
+    delete.sweep(workshop.storage)
     assert workshop.states(collection) == {None: "retired", adapter: "active", other: "retired"}
 
 
@@ -315,7 +315,7 @@ def test_frozen_vectors_that_are_gone_are_built_anew_for_a_text_adapter(workshop
     both, text = workshop.adapter(collection, 1), workshop.adapter(collection, 2, "text")
     workshop.activate(collection, both)
     frozen = workshop.generations(collection)[0]
-    assert cleanup.remove_generation(workshop.storage, frozen)
+    assert delete.remove_generation(workshop.storage, frozen)
     assert workshop.activate(collection, text)["embedded"] == 3
     assert workshop.states(collection) == {both: "retired", None: "retired", text: "active"}
     again = workshop.held(collection, None)
@@ -323,7 +323,7 @@ def test_frozen_vectors_that_are_gone_are_built_anew_for_a_text_adapter(workshop
         one, two = (np.frombuffer(v[video][0], np.float16).astype(np.float32) for v in (before, again))
         np.testing.assert_allclose(one, two, atol=2e-3)
     shared = next(g for g in workshop.generations(collection) if g.adapter_id is None)
-    assert shared.state == "retired" and not cleanup.remove_generation(workshop.storage, shared), "another searches its vectors"
+    assert shared.state == "retired" and not delete.remove_generation(workshop.storage, shared), "another searches its vectors"
 
 
 def trained(workshop: Workshop, collection: str, rival: str | None, activate: str) -> Any:
@@ -335,7 +335,7 @@ def trained(workshop: Workshop, collection: str, rival: str | None, activate: st
     in_use = {"in_use": {"digest": rival, **recall["before"]}} if rival else {}
     metrics = {**recall, **in_use, "gain": {"mean": 10.0, "low": 5.0, "high": 15.0}}
     manifest = adapters_store.describe(data, metrics=metrics)
-    version = train.publish(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, manifest)
+    version = publish(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, manifest)
     with workshop.storage.database.write() as connection:
         request = {"recipe": {}, "activate": activate}
         task = task_rows.add_task(connection, workshop.tenant, workshop.id(collection), "train_adapter", request)
@@ -397,7 +397,7 @@ def test_a_decoded_video_whose_collection_went_leaves_no_file(workshop: Workshop
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workshop.decoders, "decode", slow)
         index.index_video(workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, answer["video_id"])
-    assert not [k for kind in cleanup.KINDS for k in blobs.keys(f"{kind}/{key}/")]
+    assert not [k for kind in delete.KINDS for k in blobs.keys(f"{kind}/{key}/")]
 
 
 def test_an_activation_that_was_asked_for_before_a_training_ended_does_not_undo_its_switch(workshop: Workshop) -> None:

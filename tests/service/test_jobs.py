@@ -27,7 +27,8 @@ from adapters_store import LeaseTimeout
 from backbone import BackboneNotFound
 from indexer.frames import DamagedFrames
 from service.adapters import activate
-from service.adapters.train import TooFewCaptions, TrainingFailed
+from service.adapters.train import TooFewCaptions
+from service.adapters.trainer import TrainingFailed
 from service.app import create_app
 from service.cli.worker import KINDS, make
 from service.http import tasks as routes

@@ -20,7 +20,7 @@ from serving import new_tenant, wait_for
 import adapters_store
 from backbone import Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
-from service.adapters import train
+from service.adapters.publish import publish
 from service.cli.parts import Parts
 from service.search import query
 from service.search.frame_vectors import FrameVectors
@@ -73,7 +73,7 @@ class House:
             tensors = {n: 20 * t for n, t in shape.initial(number).items()}
             packed = adapters_store.pack(shape, backbone.fingerprint, tensors)
             manifest = adapters_store.describe(packed)
-            version = train.publish(self.storage, self.encoder, tenant.id, collection.id, packed, manifest).id
+            version = publish(self.storage, self.encoder, tenant.id, collection.id, packed, manifest).id
             adapter, digest = shape.assemble(tensors), manifest.digest
         with self.storage.database.write() as connection:
             generation = collection.active_generation_id

@@ -26,7 +26,7 @@ from workshop import runner
 
 from adapters_store import pack
 from backbone import AdapterShape, load_backbone
-from service.adapters import train
+from service.adapters import trainer
 from service.cli import local
 from service.cli.parts import Parts
 from service.jobs import supervisor, task_rows
@@ -198,7 +198,7 @@ def test_how_a_training_process_ended_is_told(
 ) -> None:
     """`killed`: how many processes the kernel kills meanwhile for want of memory."""
     counts = iter([7, 7 + killed])
-    monkeypatch.setattr(train, "_killed_for_memory", lambda: next(counts))
+    monkeypatch.setattr(trainer, "_killed_for_memory", lambda: next(counts))
     error = {"event": "error", "code": "internal", "detail": "could not create a primitive"}
     program(script.format(error=json.dumps(error)))
     films = house.collection("films")
@@ -277,6 +277,7 @@ def test_sigterm_ends_the_service_in_order_and_a_second_one_at_once(own: Server)
     assert own.process.wait(timeout=10) == 0
     wait_for("the end of all others", lambda: not any(alive(pid) for pid in children))
 
+    own.client.close()
     tenant = replace(tenant, client=own.start().client)
     tenant.all_ready(collection, [late["video_id"]])
     wait_for("the training", lambda: "training_resumed" in own.log)

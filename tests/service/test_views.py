@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.storage import collection_rows, generation_rows, segment_rows, tenant_rows
 from service.storage.generation_rows import Generation
 from service.storage.tables import new_id
-from service.upkeep import delete as cleanup
+from service.upkeep import delete
 from service.videos import video_rows
 
 
@@ -106,9 +106,9 @@ class World:
     def purge(self, generation: Generation, video: str) -> None:
         """What a request to delete the video and its job do."""
         with self.storage.database.write() as connection:
-            task = cleanup.delete_video(connection, self.tenant.id, generation.collection_id, video)
+            task = delete.delete_video(connection, self.tenant.id, generation.collection_id, video)
         self.forget(generation, video)
-        cleanup.purge(self.storage, task)
+        delete.purge(self.storage, task)
 
     def files_with(self, *what: bytes) -> set[str]:
         """The data folder's files that hold any of these bytes, by their endings."""
@@ -273,8 +273,8 @@ def test_no_snapshot_is_written_of_a_collection_that_is_being_deleted(world: Wor
 
     monkeypatch.setattr(segment_rows, "drop_vectors", written_first)
     with world.storage.database.write() as connection:
-        task = cleanup.delete_collection(connection, world.tenant.id, world.home.collection_id)
-    cleanup.purge(world.storage, task)
+        task = delete.delete_collection(connection, world.tenant.id, world.home.collection_id)
+    delete.purge(world.storage, task)
     assert held.is_set() and not world.snapshots()
 
 

@@ -1,0 +1,178 @@
+"""The training process of a collection's adapter: `python -m training` as a child, which tells its events line by line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO
+
+import structlog
+
+from service.errors import ERRNO
+from service.jobs.kinds import JobFailed, TurnOver
+from service.jobs.supervisor import without_root_key
+
+Trainers = set[subprocess.Popen[str]]  # training processes that are children of this one
+
+GRACE, GRACE_SECONDS = 1.5, 600.0  # a training is waited for so much longer than its steps may take: decoding, folds
+MAY_PASS = ("io_error", "in_use", "stopped")  # codes of the training process
+OUT_OF_MEMORY = (  # in the words of torch, oneDNN, Python, C++
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+    "MemoryError",
+    "bad_alloc",
+)
+
+log = structlog.get_logger()
+
+
+class TrainingFailed(JobFailed):
+    """The training process ended without an adapter; `code` and the message are its own words."""
+
+    code, hint = "training_failed", "`code` and `detail` are those of `python -m training`"
+
+    def __init__(self, code: str, detail: str) -> None:
+        lasts = code == "io_error" and any(os.strerror(number) in detail for number in ERRNO)
+        super().__init__(code, detail, code in MAY_PASS, lasts)
+
+
+def run(
+    command: Sequence[str],
+    collection_id: str,
+    trainers: Trainers,
+    limit: float,
+    turn: float,
+    progress: Callable[[float, str], None],
+    waited_for: Callable[[], bool],
+) -> None:
+    """Runs a training to its end; the child is one of `trainers` meanwhile. `limit`, `turn` in seconds.
+
+    `progress` is told the share of the work that is done; what it raises ends the child. After its turn, where another tenant's
+    training is `waited_for`, the child stops at a checkpoint, and TurnOver is raised. Raises TrainingFailed.
+    """
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=without_root_key(os.environ),
+    )
+    trainers.add(child)
+    try:
+        killed = _killed_for_memory()
+        _first_to_be_killed(child)
+        last_words: deque[str] = deque(maxlen=20)
+        assert child.stderr is not None and child.stdout is not None
+        listener = threading.Thread(target=_read, args=(child.stderr, last_words.append), daemon=True)
+        listener.start()
+        share, note, recall = 0.0, "preparing", ""
+        started, stepping, asked = time.monotonic(), math.inf, False
+        for line in _lines(child.stdout):
+            clock = time.monotonic()
+            if clock - started > GRACE * limit + GRACE_SECONDS:
+                raise TrainingFailed("training_timeout", f"the training has not ended long after its {limit:g} s")
+            if clock - stepping > turn and not asked and waited_for():
+                asked = True
+                child.terminate()  # it stops after a checkpoint
+            if line is None:
+                progress(share, note)
+                continue
+            event = json.loads(line)
+            if event["event"] == "error" and event["code"] == "stopped" and asked:
+                raise TurnOver(event["detail"])
+            if event["event"] == "error":
+                raise _failure(event["code"], event["detail"])
+            if event["event"] == "resumed":
+                log.info("training_resumed", collection=collection_id, step=event["step"])
+            if event["event"] == "validation":
+                recall = f", validation R@1 {event['text_to_video']['R@1']:g}"
+            if event["event"] == "step":
+                stepping = min(stepping, clock)
+                share = event["step"] / event["work"]
+            if event["event"] == "cross_validation":
+                stepping = math.inf  # what it has done it would do anew
+                share = (1 + event["step"] / event["steps"]) / 2
+                note = f"cross-validation: part {event['step'] + 1} of {event['steps']}{recall}"
+                progress(share, note)
+            if event["event"] in ("step", "validation"):
+                note = f"step {event['step']} of {event['steps']}{recall}"
+                progress(share, note)
+        if child.wait() == -signal.SIGKILL and _killed_for_memory() > killed:
+            raise _failure("out_of_memory", "the system killed it")
+        if child.returncode != 0:
+            listener.join(timeout=1)
+            words = last_words[-1].strip() if last_words else ""
+            raise _failure("training_crashed", f"the training process ended with status {child.returncode}. {words}")
+    finally:
+        _end(child)
+        trainers.discard(child)
+
+
+def _failure(code: str, detail: str) -> TrainingFailed:
+    if code == "out_of_memory" or any(words in detail for words in OUT_OF_MEMORY):
+        hint = "a smaller `micro_batch` in the recipe needs less"
+        code, detail = "training_out_of_memory", f"the training ran out of memory: {hint} ({detail})"
+    return TrainingFailed(code, detail[:500])
+
+
+def _read(stream: IO[str], take: Callable[[str], None]) -> None:
+    with stream:
+        for line in stream:
+            take(line)
+
+
+def _lines(stream: IO[str]) -> Iterator[str | None]:
+    """The lines of a stream, and None after each second without one."""
+    queue: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        _read(stream, queue.put)
+        queue.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while True:
+        try:
+            if (line := queue.get(timeout=1.0)) is None:
+                return
+            yield line
+        except Empty:
+            yield None
+
+
+def _first_to_be_killed(child: subprocess.Popen[str]) -> None:
+    """Where memory runs out, the kernel ends the training and not what serves or waits."""
+    with suppress(OSError):
+        Path(f"/proc/{child.pid}/oom_score_adj").write_text("800")
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed since it started because memory ran out."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
