@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -81,12 +82,12 @@ def main(
     except Exception as error:
         code = _code(error)
         detail = " ".join(str(error).split()) or type(error).__name__
+        if code == "internal":
+            traceback.print_exc()
         if json_lines:
             print_json({"event": "error", "code": code, "detail": detail})
         else:
             errors.print(f"error: {detail}", style="red", markup=False, soft_wrap=True)
-        if code == "internal":
-            errors.print_exception()
         raise typer.Exit(1) from None
     if json_lines:
         print_json({"event": "done", **done})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,7 +145,10 @@ def fill_chunk(
         lacking = [v for v in videos.values() if not segment_rows.has_vectors(connection, tenant, v.id, maker.id)]
     rows, broken = [], {}
     with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as pool:
-        reading = [(video, pool.submit(index.embedded_segments, storage, encoder, decoders, video, maker)) for video in lacking]
+        read = index.embedded_segments
+        reading = [
+            (video, pool.submit(copy_context().run, read, storage, encoder, decoders, video, maker)) for video in lacking
+        ]
         try:
             for video, future in reading:
                 try:
@@ -207,7 +211,9 @@ def _spread(
     with ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunks") as pool:
         try:
             running = {
-                pool.submit(fill_chunk, storage, encoder, decoders, tenant, generation.id, chunk): len(chunk)
+                pool.submit(copy_context().run, fill_chunk, storage, encoder, decoders, tenant, generation.id, chunk): len(
+                    chunk
+                )
                 for chunk in chunks
             }
             for future in as_completed(running):

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
@@ -71,13 +71,20 @@ def run(
         env=without_root_key(os.environ),
     )
     trainers.add(child)
+    assert child.stderr is not None and child.stdout is not None
+    last_words = ""
+
+    def hear(line: str) -> None:
+        nonlocal last_words
+        last_words = line.strip() or last_words
+        log.warning("training_process_says", line=line.rstrip())
+
+    listener = threading.Thread(target=copy_context().run, args=(_read, child.stderr, hear), daemon=True)
     try:
+        listener.start()
+        log.info("training_process_started", pid=child.pid)
         killed = _killed_for_memory()
         _first_to_be_killed(child)
-        last_words: deque[str] = deque(maxlen=20)
-        assert child.stderr is not None and child.stdout is not None
-        listener = threading.Thread(target=_read, args=(child.stderr, last_words.append), daemon=True)
-        listener.start()
         share, note, recall = 0.0, "preparing", ""
         started, stepping, asked = time.monotonic(), math.inf, False
         for line in _lines(child.stdout):
@@ -99,6 +106,7 @@ def run(
                 log.info("training_resumed", collection=collection_id, step=event["step"])
             if event["event"] == "validation":
                 recall = f", validation R@1 {event['text_to_video']['R@1']:g}"
+                log.info("training_validation", step=event["step"], recall_at_1=event["text_to_video"]["R@1"])
             if event["event"] == "step":
                 stepping = min(stepping, clock)
                 share = event["step"] / event["work"]
@@ -114,10 +122,10 @@ def run(
             raise _failure("out_of_memory", "the system killed it")
         if child.returncode != 0:
             listener.join(timeout=1)
-            words = last_words[-1].strip() if last_words else ""
-            raise _failure("training_crashed", f"the training process ended with status {child.returncode}. {words}")
+            raise _failure("training_crashed", f"the training process ended with status {child.returncode}. {last_words}")
     finally:
         _end(child)
+        listener.join(timeout=1)
         trainers.discard(child)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -27,8 +28,9 @@ app.command()(archives.fsck)
 
 def main() -> None:
     """Entry point: what a user can mend is one line on standard error and exit code 1; usage errors are 2."""
-    from service import errors
+    from service import errors, logs
 
+    logs.configure(logging.WARNING)
     os.umask(0o077)  # what a data folder holds is its owner's alone
     try:
         app()

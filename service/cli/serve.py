@@ -70,6 +70,7 @@ def serve(settings: Settings, host: str, port: int, worker: bool) -> None:
         app,
         http=limited(settings),
         ws="none",
+        log_config=None,
         log_level="warning",
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,

@@ -105,7 +105,10 @@ class CollectionImportOut(QueuedOut):
 
 
 class TaskOut(BaseModel):
-    """`progress` from 0 to 1; `result`, by kind, when it has succeeded; `error` when it has failed."""
+    """`progress` from 0 to 1; `result`, by kind, when it has succeeded; `error` when it has failed.
+
+    `request_id`: of the request that asked for it, which the log lines of its job bear.
+    """
 
     id: str
     collection: str | None
@@ -115,6 +118,7 @@ class TaskOut(BaseModel):
     eta_seconds: float | None
     message: str | None
     error: Failure | None
+    request_id: str | None
     created_at: str
     started_at: str | None
     finished_at: str | None

@@ -23,8 +23,8 @@ _VIDEO_ROW = {
 }  # fmt: skip
 _TASK_ROW = {
     "id": _TASK, "collection": "gates", "kind": "activate", "status": "succeeded", "progress": 1.0, "eta_seconds": None,
-    "message": "done", "error": None, "created_at": _TIME, "started_at": _TIME, "finished_at": _TIME,
-    "result": {"activated": True},
+    "message": "done", "error": None, "request_id": f"req_{_ID}", "created_at": _TIME, "started_at": _TIME,
+    "finished_at": _TIME, "result": {"activated": True},
 }  # fmt: skip
 _COLLECTION_ROW = {
     "id": f"col_{_ID}", "name": "gates", "settings": {"segment_seconds": 10.0},

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from service.errors import PolyclipError
 from service.storage.tables import new_id
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")  # that a client may choose; another one is passed over
 
 
 class BodyTooLarge(PolyclipError, HTTPException):  # FastAPI calls every other exception out of a body's stream a syntax error
@@ -76,6 +80,7 @@ class Head:
 class Observe:
     """ASGI middleware: `X-Request-Id` on every answer, metrics by route, BodyTooLarge while a too large body is read.
 
+    The id is the client's, or a new one; every log line of the request bears it.
     The limit is `body_bytes` in the request's state. A route that takes more says so there before it reads.
     """
 
@@ -88,7 +93,9 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, request_id, status, taken = time.perf_counter(), new_id("req"), 500, 0
+        started, status, taken = time.perf_counter(), 500, 0
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else new_id("req")
         state = scope.setdefault("state", {})
         state["request_id"], state["body_bytes"] = request_id, self._body_bytes
 
@@ -111,7 +118,8 @@ class Observe:
             await send(message)
 
         try:
-            await self._app(scope, counted, labelled)
+            with bound_contextvars(request_id=request_id):
+                await self._app(scope, counted, labelled)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(scope["method"], route, str(status)).inc()

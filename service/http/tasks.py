@@ -185,6 +185,7 @@ def show(task: Task, collection: str | None) -> dict[str, Any]:
         "eta_seconds": _eta(task),
         "message": task.message,
         "error": task.error,
+        "request_id": task.request_id,
         "created_at": task.created_at,
         "started_at": task.started_at,
         "finished_at": task.finished_at,

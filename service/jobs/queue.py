@@ -85,8 +85,9 @@ class Jobs:
         workflow = f"{task.id}:{number}" if number else task.id
         try:
             self._enqueue("run_task", QUEUE_OF[task.kind], workflow, task.tenant_id, (task.id, tries), delay)
+            log.info("task_enqueued", task_id=task.id, kind=task.kind)
         except DBAPIError as error:
-            log.warning("not_enqueued", task=task.id, error=str(error))
+            log.warning("not_enqueued", task_id=task.id, error=str(error))
 
     def ensure(self, task: Task) -> None:
         """`enqueue`, unless a workflow of the task waits or runs."""

@@ -15,12 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
+from structlog.contextvars import bound_contextvars
 
 from service.jobs import task_rows
 from service.jobs.kinds import CANCELLED, Cancelled, JobFailed, Kinds, TurnOver
@@ -63,14 +64,16 @@ class Runner:
     def run(self, tenant: str, task_id: str, tries: int = 1) -> dict[str, Any] | None:
         """Runs a task to its end and returns None; or returns after how many seconds to try again, and which try that is."""
         self.pause_if_stopping()
-        with self._one_suspect_at_a_time(tenant, task_id):
+        with bound_contextvars(task_id=task_id), self._one_suspect_at_a_time(tenant, task_id):
             task = self._started(tenant, task_id)
             if task is None:
                 return None
-            self.running[task_id] = task
-            again = self._run(task, tries)
-            self.running.pop(task_id, None)
-            return again
+            with _request_of(task):
+                log.info("task_started", kind=task.kind)
+                self.running[task_id] = task
+                again = self._run(task, tries)
+                self.running.pop(task_id, None)
+                return again
 
     def fill(self, tenant: str, task_id: str, generation: str, chunks: Sequence[Sequence[str]]) -> dict[str, Any] | None:
         """Embeds some chunks for a task that another job runs, as long as it is wanted; returns what went wrong."""
@@ -80,7 +83,8 @@ class Runner:
                 task = self._task(tenant, task_id)
                 if task.status not in OPEN or task.cancel_requested:
                     return None
-                self.kinds.fill(self.parts, tenant, generation, chunk)
+                with bound_contextvars(task_id=task_id), _request_of(task):
+                    self.kinds.fill(self.parts, tenant, generation, chunk)
             except Exception as error:
                 self.pause_if_stopping()
                 return self.kinds.explain(error).to_json()
@@ -158,7 +162,7 @@ class Runner:
             if why.may_pass:
                 return self._put_off(task, why, 1 if report.advanced else tries)
             if why.code == "internal":
-                log.exception("task_failed", task=task.id, kind=task.kind)
+                log.exception("task_failed", kind=task.kind)
             self._end(task, "failed", {"code": why.code, "detail": str(why)})
         else:
             self._end(task, "succeeded" if result is not None else "cancelled", result=result)
@@ -216,7 +220,7 @@ class Runner:
             self._end(task, "failed", {"code": "worker_failed", "detail": f"tried {tries} times: {why}"})
             return None
         wait = min(LONGEST_WAIT, FIRST_WAIT * 3 ** (tries - 1)) * random.uniform(0.5, 1.5)
-        log.warning("task_put_off", task=task.id, kind=task.kind, seconds=round(wait, 1), error=str(why))
+        log.warning("task_put_off", kind=task.kind, seconds=round(wait, 1), error=str(why))
 
         def put_off() -> None:
             with self.storage.database.write() as connection:
@@ -232,20 +236,21 @@ class Runner:
         """Ends a task, unless it has ended."""
         kind = self.kinds.by_name[task.kind]
 
-        def end() -> None:
+        def end() -> str:
             with self.storage.database.write() as connection:
                 kind.lock(connection, task)
                 try:
                     now = task_rows.lock_task(connection, task.tenant_id, task.id)
                 except NotFound:
-                    return
+                    return "deleted"
                 if now.status in OPEN:
                     if error is not None:
                         kind.failed(connection, task, error)
                     why = error if status == "failed" else None
                     task_rows.end_task(connection, task.tenant_id, task.id, status, error=why, result=result or now.result)
+                return status if now.status in OPEN else now.status
 
-        patiently(end)
+        log.info("task_ended", kind=task.kind, status=patiently(end), **(error or {}))
         kind.discard(self.parts, task)
 
     def _task(self, tenant: str, task_id: str) -> Task:
@@ -290,6 +295,11 @@ class Report:
                 raise Cancelled from None
         if task.cancel_requested or task.status not in OPEN:
             raise Cancelled
+
+
+def _request_of(task: Task) -> AbstractContextManager[None]:
+    """Binds the id of the task's request to what is logged."""
+    return bound_contextvars(**({"request_id": task.request_id} if task.request_id else {}))
 
 
 def _spread(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, delete, func, insert, select, update
+from structlog.contextvars import get_contextvars
 
 from service.storage.rows import NotFound, Page, page, record
 from service.storage.tables import OPEN, new_id, now, tasks
@@ -31,13 +32,20 @@ class Task:
     started_at: str | None
     finished_at: str | None
 
+    @property
+    def request_id(self) -> str | None:
+        """Of the HTTP request that asked for the task, or for the task that made it."""
+        return self.request.get("request_id")
+
 
 def add_task(
     connection: Connection, tenant: str, collection: str | None, kind: str, request: Mapping[str, Any], **values: Any
 ) -> Task:
     """A task that waits, or with `values` of its other columns one that is further on."""
+    asked_by = {name: value for name, value in get_contextvars().items() if name == "request_id"}
+    request = {**request, **asked_by}
     task = Task(
-        new_id("task"), tenant, collection, kind, "queued", 0.0, "", dict(request), None, None, False, 0, 0, now(), None, None
+        new_id("task"), tenant, collection, kind, "queued", 0.0, "", request, None, None, False, 0, 0, now(), None, None
     )
     task = replace(task, **values)
     connection.execute(insert(tasks).values(**{name: getattr(task, name) for name in Task.__dataclass_fields__}))

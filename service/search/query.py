@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -123,12 +124,12 @@ class Searcher:
         given_up = threading.Event()
         find = partial(self._find, question, encoded, clock, given_up=given_up, **how)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, find)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, find)
         finally:
             given_up.set()
 
     async def _on_thread(self, ask: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._resolvers, ask, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._resolvers, copy_context().run, ask, *arguments)
 
     def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
         with self._storage.database.read() as connection:

@@ -85,7 +85,7 @@ def purge(storage: Storage, task: Task) -> dict[str, Any]:
         others = task_rows.open_tasks(connection, tasks.c.kind == "purge", tasks.c.id != task.id)
     if not others:  # the last of several does it for all
         _scrub(storage, anew=task.request["what"] != "video")
-    return dict(task.request)
+    return {"what": task.request["what"], "id": task.request["id"]}
 
 
 def _scrub(storage: Storage, anew: bool) -> None:
