@@ -1,7 +1,6 @@
 """The command line: the same records without a running service, one line for a mistake, exit codes."""
 
 import json
-import os
 import signal
 import socket
 import sqlite3

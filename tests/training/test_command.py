@@ -1,4 +1,4 @@
-"""`python -m training` as a process: what it writes, what stops it, what it goes on from, and what it refuses in one line."""
+"""`python -m training`: what it writes, what stops it, what it goes on from, and what it refuses in one line."""
 
 import json
 import os
@@ -16,12 +16,13 @@ import pytest
 import torch
 from miniature import miniature
 from PIL import Image
+from typer.testing import CliRunner
 
 import adapters_store
 from backbone import Backbone, load_backbone
 from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
 from indexer.frames import DamagedFrames, pack_frames
-from training.__main__ import InUse, _alone, run
+from training.__main__ import InUse, _alone, app, run
 from training.dataset import InvalidDataset
 from training.display import evidence
 from training.recipe import InvalidRecipe, Recipe
@@ -54,17 +55,18 @@ def _dataset_on_disk(folder: Path, videos: int) -> Path:
 
 
 def run_training(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "training", *arguments]  # JSON lines: standard output is no terminal
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The command in this process: its exit status, and the JSON lines that it writes where no terminal is."""
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "Traceback" not in done.stderr
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @contextmanager
 def started_training(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """A training process, killed at the end of the block."""
+    """A training process of one thread, killed at the end of the block."""
     command = [sys.executable, "-m", "training", "--json", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         yield child
         child.kill()
 
@@ -126,9 +128,18 @@ def test_on_the_command_line_a_refusal_is_one_line_and_status_1(tmp_path: Path) 
     assert "\n" not in events[-1]["detail"]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_kill_9_in_mid_epoch_and_the_same_command_again_give_the_same_weights(tmp_path: Path) -> None:
     dataset = _dataset_on_disk(tmp_path, 40)
-    recipe = json.dumps({**RECIPE, "steps": 60, "evaluations": 6})
+    recipe = json.dumps({**RECIPE, "steps": 60, "evaluations": 6, "frames": 1})
     arguments = ("--dataset", str(dataset), "--recipe", recipe)
     out = tmp_path / "killed"
     with started_training(*arguments, "--out", str(out)) as child:
@@ -220,7 +231,7 @@ def test_the_paper_preset_is_what_the_paper_says() -> None:
 
 def test_the_figures_of_a_small_set_carry_their_number_and_are_no_evidence(tmp_path: Path) -> None:
     dataset = _dataset_on_disk(tmp_path, 20)
-    recipe = json.dumps({"steps": 10, "batch_size": 4, "frames": 2, "evaluations": 1})
+    recipe = json.dumps({"steps": 2, "batch_size": 4, "frames": 1, "evaluations": 1})
     status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
     done = events[-1]
     assert status == 0 and done["queries"] < 30 and done["not_enough_evidence"] is True
