@@ -22,7 +22,7 @@ from training.inputs import Inputs
 from training.optimiser import optimiser_of
 from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import Learner, backward
+from training.step import Learner, backward
 
 BACKBONES = {"builtin": (None, 32), "ViT-B-32": ("random", 4)}
 WAYS: dict[str, dict[str, object]] = {

@@ -22,10 +22,11 @@ import adapters_store
 from backbone import Backbone, load_backbone
 from indexer.decode import DecodedSegment, DecodedVideo, MediaFacts
 from indexer.frames import DamagedFrames, pack_frames
-from training.__main__ import InUse, _alone, app, run
+from training.__main__ import app
 from training.dataset import InvalidDataset
 from training.display import evidence
 from training.recipe import InvalidRecipe, Recipe
+from training.run import InUse, _alone, run
 from training.source import Source
 
 COLOURS = {"crimson": (220, 20, 40), "azure": (20, 120, 240), "lime": (120, 220, 30), "black": (5, 5, 5)}
@@ -171,7 +172,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
 
 
 def test_two_runs_into_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.__main__.LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("training.run.LOCK_SECONDS", 0.5)
     dataset = _dataset_on_disk(tmp_path, 12)
     with _alone(tmp_path / "out", first=True), pytest.raises(InUse, match="another run trains into"):
         train_here(dataset, tmp_path / "out")

@@ -15,17 +15,8 @@ from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE
 from training.recipe import Recipe
-from training.trainer import (
-    MINIMUM_QUERIES,
-    Learner,
-    Rival,
-    Stopped,
-    Trained,
-    TrainingDiverged,
-    backward,
-    contrastive_loss,
-    train,
-)
+from training.step import Learner, backward, contrastive_loss
+from training.trainer import MINIMUM_QUERIES, Rival, Stopped, Trained, TrainingDiverged, train
 
 COLOURS = {
     "crimson": (220, 20, 40),
