@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from adapters_store import durable
-from backbone import Adapter, AdapterShape, TowerDims
+from backbone import VOCABULARY_ROWS, Adapter, AdapterShape, TowerDims
 
 FORMAT = "polyclip-adapter/1"
+IDS = "vocabulary_ids"  # int32, ascending: the token id of each of the tensor `vocabulary_rows`
 MAX_BYTES = 512 * 1024 * 1024
 MAX_HEADER = 64 * 1024  # bytes; that of an adapter has about two thousand
 MAX_LAYERS, MAX_WIDTH = 1024, 65536  # of a tower; no backbone comes near
@@ -48,10 +49,11 @@ class AdapterMismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What an adapter that comes in has to fit: the backbone, and the largest rank that is taken."""
+    """What an adapter that comes in has to fit: the backbone, its number of token ids, and the largest rank that is taken."""
 
     fingerprint: str
     dims: TowerDims
+    tokens: int
     rank: int
 
 
@@ -88,6 +90,8 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)  # videos and pairs of each split
+    vocabulary: int = 0  # rows
+    words: list[str] = field(default_factory=list)  # that have a row, the most frequent first; not all of many
     parent: str | None = None
     created_at: str | None = None
     format: str = FORMAT
@@ -111,6 +115,8 @@ def pack(shape: AdapterShape, backbone: str, tensors: Mapping[str, Tensor], sour
     if source_dtype is not None:
         metadata["source_dtype"] = source_dtype
     values = {name: tensors[name].detach().float().cpu().contiguous() for name in shape.layout()}
+    if shape.vocabulary:
+        values[IDS] = torch.tensor(shape.vocabulary, dtype=torch.int32)
     return _canonical(safetensors.torch.save(values, metadata))
 
 
@@ -135,10 +141,16 @@ def unpack(data: bytes, fit: Fit | None = None) -> Artifact:
             raise ValueError(f"unknown source dtype {source_dtype!r}")
         if fit is not None:
             _check_fit(fit, backbone, shape)
+        if (ids := header.pop(IDS, None)) is not None:
+            shape = replace(shape, vocabulary=tuple(range(_count(ids))))
         shape.check({name: tuple(tensor["shape"]) for name, tensor in header.items()})
         if any(tensor["dtype"] != "F32" for tensor in header.values()):
             raise ValueError("adapter tensors must be float32")
         tensors = safetensors.torch.load(data)
+        if ids is not None:
+            shape = replace(shape, vocabulary=tuple(tensors.pop(IDS).tolist()))
+        if shape.vocabulary and fit is not None and shape.vocabulary[-1] >= fit.tokens:
+            raise ValueError(f"a vocabulary row is of token {shape.vocabulary[-1]}, the backbone knows {fit.tokens}")
         shape.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (AdapterMismatch, RankTooLarge):
         raise
@@ -170,6 +182,7 @@ def describe(file: bytes, /, **facts: Any) -> Manifest:
         rank=shape.rank,
         shared=shape.shared,
         scope=shape.scope,
+        vocabulary=len(shape.vocabulary),
         parameters=shape.parameters,
         size=len(file),
         **facts,
@@ -210,6 +223,15 @@ def _number(about: Mapping[str, Any], name: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number between {least} and {most}, not {value!r:.40}")
     return value
+
+
+def _count(ids: Mapping[str, Any]) -> int:
+    """How many vocabulary rows a file says that it has. Raises ValueError."""
+    if ids["dtype"] != "I32" or len(ids["shape"]) != 1:
+        raise ValueError(f"{IDS} must be a list of int32")
+    if not 1 <= ids["shape"][0] <= VOCABULARY_ROWS:
+        raise ValueError(f"an adapter has 1 to {VOCABULARY_ROWS} vocabulary rows, this one has {ids['shape'][0]}")
+    return int(ids["shape"][0])
 
 
 def _check_fit(fit: Fit, backbone: str, shape: AdapterShape) -> None:

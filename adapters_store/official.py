@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,17 @@ def to_official(artifact: Artifact, dtype: torch.dtype | None = None) -> dict[st
     """The state dict that the released code loads, with the prefix `clip.`.
 
     `dtype` None is the one that the adapter was imported in, float32 for one that was trained here. Raises InvalidAdapter
-    for what the released layout cannot hold: one tower only, towers of unequal depth, values beyond the dtype's range.
+    for what the released layout cannot hold: one tower only, towers of unequal depth, values beyond the dtype's range,
+    vocabulary rows.
     """
     shape = artifact.shape
     if shape.scope != "both":
         raise InvalidAdapter(f"the released layout holds adapters of both towers; this one's scope is {shape.scope}")
+    if shape.vocabulary:
+        raise InvalidAdapter(
+            f"the released layout has no vocabulary rows, this adapter has {len(shape.vocabulary)}: export it without them"
+            " (--without-vocabulary), which finds its words worse"
+        )
     if shape.dims.visual_layers != shape.dims.text_layers:
         raise InvalidAdapter(
             f"the released layout pairs layer with layer; this adapter's towers have {shape.dims.visual_layers} "
@@ -117,8 +124,16 @@ def to_official(artifact: Artifact, dtype: torch.dtype | None = None) -> dict[st
     return state
 
 
-def official_file(artifact: Artifact, dtype: str | None = None, *, as_safetensors: bool = False) -> bytes:
-    """`to_official` as a file's bytes: what `torch.save` makes of a plain dict, or safetensors."""
+def official_file(
+    artifact: Artifact, dtype: str | None = None, *, as_safetensors: bool = False, without_vocabulary: bool = False
+) -> bytes:
+    """`to_official` as a file's bytes: what `torch.save` makes of a plain dict, or safetensors. Raises InvalidAdapter.
+
+    `without_vocabulary` leaves out vocabulary rows, which it would refuse.
+    """
+    if without_vocabulary:
+        kept = {name: tensor for name, tensor in artifact.tensors.items() if name != "vocabulary_rows"}
+        artifact = replace(artifact, shape=replace(artifact.shape, vocabulary=()), tensors=kept)
     state = to_official(artifact, SOURCE_DTYPES[dtype] if dtype is not None else None)
     if as_safetensors:
         return safetensors.torch.save(state)

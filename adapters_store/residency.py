@@ -23,7 +23,7 @@ import torch
 from adapters_store.artifact import AdapterMismatch, Artifact, DamagedAdapter, InvalidAdapter, unpack
 from adapters_store.lease import Counters, Entry, Lease, LeaseTimeout
 from adapters_store.pins import Pins
-from backbone import Adapter, AdapterStack, FlatAdapter, TowerDims, threads
+from backbone import VOCABULARY_ROWS, Adapter, AdapterStack, FlatAdapter, TowerDims, threads
 from backbone.stack import rank_of
 
 LOADERS = 8
@@ -35,7 +35,8 @@ class Residency:
 
     `stack_bytes` of the device are taken at once, for adapters of up to `rank` in `dtype`; larger ones are leased without a
     slot, as an `Adapter`, and stay in host memory. `host_bytes` bound what is kept there, copies of what is in the stack among
-    it, so that nothing is copied back when a slot is taken. One owner may pin `pin_share` (0 to 1) of the slots.
+    it, so that nothing is copied back when a slot is taken. `tokens` is how many token ids the backbone has; without them
+    adapters with vocabulary rows have no slot either. One owner may pin `pin_share` (0 to 1) of the slots.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Residency:
         host_bytes: int = 1024 * 1024 * 1024,
         rank: int = 16,
         dtype: torch.dtype = torch.float32,
+        tokens: int = 0,
         pin_share: float = 0.25,
     ) -> None:
-        slots = max(2, stack_bytes // AdapterStack.slot_bytes(dims, rank, dtype))
-        self.stack = AdapterStack(dims, slots, rank, device, dtype)
+        words = VOCABULARY_ROWS if tokens else 0
+        slots = max(2, stack_bytes // AdapterStack.slot_bytes(dims, rank, dtype, words=words, tokens=tokens))
+        self.stack = AdapterStack(dims, slots, rank, device, dtype, words=words, tokens=tokens)
         self.capacity = slots - 1
         self._fingerprint, self._host_budget = fingerprint, host_bytes
         self._lock = threading.Lock()
@@ -235,6 +238,7 @@ class Residency:
                 raise AdapterMismatch(f"adapter {entry.digest[:12]} has towers of {artifact.shape.dims}, not {self.stack.dims}")
             adapter = artifact.adapter(self._fingerprint)
             large = max(rank_of(adapter.visual), rank_of(adapter.text)) > self.stack.rank
+            large = large or len(artifact.shape.vocabulary) > self.stack.words
             held = adapter if large else FlatAdapter.of(adapter, self.stack.dims, pinned=self.stack.device.type == "cuda")
         except BaseException as error:
             self._fail(entry, error)
@@ -321,4 +325,5 @@ def _nbytes(held: FlatAdapter | Adapter) -> int:
     if isinstance(held, FlatAdapter):
         return held.values.nbytes
     towers = [tower for tower in (held.visual, held.text) if tower is not None]
-    return sum(t.nbytes for w in towers for t in (w.down_weight, w.down_bias, w.up_weight, w.up_bias))
+    rows = 0 if held.vocabulary is None else held.vocabulary.rows.nbytes
+    return rows + sum(t.nbytes for w in towers for t in (w.down_weight, w.down_bias, w.up_weight, w.up_bias))

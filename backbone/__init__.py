@@ -7,11 +7,13 @@ from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone
 from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
 from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore, rescore_all
 from backbone.stack import AdapterStack, FlatAdapter, Slots
+from backbone.vocabulary import VOCABULARY_ROWS
 
 __all__ = [
     "BUILTIN",
     "RANDOM",
     "TEMPERATURE",
+    "VOCABULARY_ROWS",
     "Adapter",
     "AdapterShape",
     "AdapterStack",

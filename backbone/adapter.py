@@ -9,6 +9,8 @@ In every residual block of a tower two adapters stand, each on a sub-layer's out
 The last `shared` rows of W_up and b_up are one matrix for both towers at paired layers. An adapter is stored in the
 layout of the paper's released code (`AdapterShape.layout`) and computed in the fused form (`Adapter`), where each tower
 has its whole W_up. Nothing here is a module: adapters are arguments of `Backbone.encode_text` and `encode_frames`.
+
+Beyond the paper, an adapter may have vocabulary rows (`backbone.vocabulary`): the tensor `vocabulary_rows`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from backbone.vocabulary import Vocabulary
 
 Scope = Literal["both", "text", "vision"]
 Start = Literal["identity", "small"]
@@ -43,16 +47,18 @@ class TowerDims:
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """What fixes every tensor of an adapter: the towers, the bottleneck's rank r and the shared rows d_s.
+    """What fixes every tensor of an adapter: the towers, the bottleneck's rank r, the shared rows d_s, and the token ids that
+    have a vocabulary row.
 
-    Raises ValueError for a rank below 1, for `shared` outside 0 … the narrower tower's width, and for shared rows in an
-    adapter of one tower only.
+    Raises ValueError for a rank below 1, for `shared` outside 0 … the narrower tower's width, for shared rows in an adapter
+    of one tower only, and for ids that are negative, not in ascending order, or of an adapter that leaves the text tower alone.
     """
 
     dims: TowerDims
     rank: int = 8
     shared: int = 16
     scope: Scope = "both"
+    vocabulary: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -64,6 +70,10 @@ class AdapterShape:
             raise ValueError(f"shared must be between 0 and {widest}, the narrower tower's width, not {self.shared}")
         if self.shared and self.scope != "both":
             raise ValueError(f"an adapter of scope {self.scope} has no other tower to share with: shared must be 0")
+        if self.vocabulary and self.scope == "vision":
+            raise ValueError("an adapter of scope vision has no vocabulary rows")
+        if any(later <= before for before, later in zip((-1, *self.vocabulary), self.vocabulary, strict=False)):
+            raise ValueError("the token ids of the vocabulary rows must be ascending, each once, and not negative")
 
     def towers(self) -> tuple[tuple[str, int, int], ...]:
         """(name, width, layers) of each tower that the adapter changes."""
@@ -83,8 +93,8 @@ class AdapterShape:
     def layout(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each stored tensor, in the layout of the paper's released code.
 
-        The `_unpaired_` tensors, absent from that code, hold the last `shared` rows of layers that have no partner in
-        a shallower other tower.
+        Two kinds are absent from that code: `_unpaired_` tensors hold the last `shared` rows of layers that have no partner
+        in a shallower other tower, and `vocabulary_rows` a row for each id of `vocabulary`.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for tower, width, layers in self.towers():
@@ -102,6 +112,8 @@ class AdapterShape:
             places = 2 * len(self.pairs())
             shapes["vt_adapter_up_share_weight"] = (places, self.shared, self.rank)
             shapes["vt_adapter_up_share_bias"] = (places, self.shared)
+        if self.vocabulary:
+            shapes["vocabulary_rows"] = (len(self.vocabulary), self.dims.text_width)
         return shapes
 
     @property
@@ -133,7 +145,9 @@ class AdapterShape:
         rows = {}
         for name in self.layout():
             tower = name.split("_")[0]
-            if tower == "vt":
+            if tower == "vocabulary":
+                rows[name] = 0
+            elif tower == "vt":
                 rows[name] = 2 * (len(self.pairs()) - kept)
             elif "_unpaired_" in name:
                 rows[name] = 2 * len(set(range(first[tower])) - paired[tower])
@@ -142,7 +156,7 @@ class AdapterShape:
         return rows
 
     def initial(self, seed: int, last: int | None = None, start: Start = "small") -> dict[str, Tensor]:
-        """Fresh float32 tensors, biases zero.
+        """Fresh float32 tensors, biases and vocabulary rows zero.
 
         `identity`: down projections from a truncated normal of std 1/√d, up projections zero, so that training begins
         at the frozen backbone (as LoRA's does, Hu et al. 2021); `small`: all weights of std 0.01, the paper's.
@@ -157,6 +171,16 @@ class AdapterShape:
                 torch.nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std, generator=generator)
                 tensor[: first[name]] = 0
         return tensors
+
+    def continued(self, before: AdapterShape, tensors: Tensors) -> dict[str, Tensor]:
+        """The tensors of an adapter whose shape `before` is this one but for its vocabulary; rows that it has not are zero."""
+        taken = dict(tensors)
+        rows = taken.pop("vocabulary_rows", None)
+        if self.vocabulary:
+            taken["vocabulary_rows"] = torch.zeros(len(self.vocabulary), self.dims.text_width)
+            for token, row in zip(before.vocabulary, [] if rows is None else rows, strict=True):
+                taken["vocabulary_rows"][self.vocabulary.index(token)] = row
+        return taken
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises ValueError if a tensor of these shapes is missing, unknown or of another shape."""
@@ -174,7 +198,11 @@ class AdapterShape:
         """
         self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         towers = {tower: self._fuse(tensors, tower, layers) for tower, _, layers in self.towers()}
-        return Adapter(visual=towers.get("visual"), text=towers.get("text"))
+        vocabulary = None
+        if self.vocabulary:
+            rows = tensors["vocabulary_rows"]
+            vocabulary = Vocabulary(torch.tensor(self.vocabulary, device=rows.device), rows)
+        return Adapter(towers.get("visual"), towers.get("text"), vocabulary)
 
     def _fuse(self, tensors: Tensors, tower: str, layers: int) -> TowerAdapter:
         up: dict[str, Tensor] = {}
@@ -230,9 +258,11 @@ class Adapter:
 
     visual: TowerAdapter | None
     text: TowerAdapter | None
+    vocabulary: Vocabulary | None = None
 
     def to(self, device: torch.device) -> Adapter:
         return Adapter(
             visual=None if self.visual is None else self.visual.to(device),
             text=None if self.text is None else self.text.to(device),
+            vocabulary=None if self.vocabulary is None else self.vocabulary.to(device),
         )

@@ -120,9 +120,12 @@ class Graphs:
         host, host_slots = (torch.zeros(s, dtype=d, pin_memory=pinned) for s, d in ((size, dtype), (size[:1], torch.int64)))
         inputs, slots = host.to(device, copy=True), host_slots.to(device, copy=True)
         apply = self._stack.whole("text" if len(size) == 2 else "visual", slots)
+        offsets = self._stack.whole_vocabularies(slots)
 
         def run() -> Tensor:
-            return self._backbone.run_text(inputs, apply) if len(size) == 2 else self._backbone.run_frames(inputs, apply)
+            if len(size) == 2:
+                return self._backbone.run_text(inputs, apply, offsets=offsets)
+            return self._backbone.run_frames(inputs, apply)
 
         if self._pool is not None:
             try:

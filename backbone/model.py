@@ -24,6 +24,7 @@ from backbone.linear import HalfWeights, Linear, Reordered, linear_of, onednn
 from backbone.packing import Packing
 from backbone.stack import Slots, stacked
 from backbone.tokenizer import bounded
+from backbone.vocabulary import ByText, Offsets
 
 Adapters = Adapter | Sequence[Adapter | None] | Slots | None
 """None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
@@ -115,6 +116,16 @@ class Backbone:
         """Number of frozen values."""
         return sum(p.numel() for p in self._model.parameters())
 
+    @property
+    def tokens(self) -> int:
+        """Number of token ids."""
+        return len(self.token_embedding)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """(N, text width), frozen: of N token ids."""
+        return self._text.token_embedding.weight  # type: ignore[no-any-return]
+
     def tokenize(self, texts: Sequence[str], words: int | None = None) -> Tokens:
         """Token ids, cut to the context length or to `words` tokens, start and end included; `truncated` says where."""
         length = min(words or self.context_length, self.context_length)
@@ -130,20 +141,28 @@ class Backbone:
             return tokens
         return tokens[:, : int(self._ends(tokens).max()) + 1]
 
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) → (B,) how many of each row are the text's own, start and end included."""
+        return self._ends(tokens) + 1 if self.causal else torch.full((len(tokens),), tokens.shape[1])
+
     def encode_text(
         self, tokens: Tensor, adapters: Adapters = None, *, prefix: Prefix | None = None, recompute: bool = False
     ) -> Tensor:
         """tokens (B, L) int64 → (B, embed_dim) float32, unnormalised.
 
         `prefix`, from `text_prefix` of the same tokens, replaces the first layers. `recompute` keeps no activations
-        inside the blocks for the backward pass. Raises ValueError if a sequence of adapters, or slots, has not B entries.
+        inside the blocks for the backward pass. Raises ValueError if a sequence of adapters, or slots, has not B entries, and
+        for a prefix beside vocabulary rows, which it has not.
         """
         tokens = self.trim(tokens)
         packing = None
         if self.causal and self.device.type == "cpu" and (prefix is None or prefix.layers < self.dims.text_layers):
             packing = Packing.of(self._ends(tokens))
         apply = self._tower("text", adapters, len(tokens))
-        return self.run_text(tokens.to(self.device), apply, prefix, packing, recompute)
+        offsets = self._offsets(adapters)
+        if prefix is not None and offsets is not None:
+            raise ValueError("a prefix holds no vocabulary rows: the text is encoded from its tokens")
+        return self.run_text(tokens.to(self.device), apply, prefix, packing, recompute, offsets)
 
     def run_text(
         self,
@@ -152,10 +171,11 @@ class Backbone:
         prefix: Prefix | None = None,
         packing: Packing | None = None,
         recompute: bool = False,
+        offsets: Offsets | None = None,
     ) -> Tensor:
         """`encode_text` of trimmed tokens on the device, with what is applied there; nothing in it waits for the device."""
         text, length = self._text, tokens.shape[1]
-        x, first = (self._embed_text(tokens), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
+        x, first = (self._embed_text(tokens, offsets), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
         x = x if packing is None else packing.pack(x)
         mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
         pool = self._text_token(tokens)
@@ -235,9 +255,10 @@ class Backbone:
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-    def _embed_text(self, tokens: Tensor) -> Tensor:
+    def _embed_text(self, tokens: Tensor, offsets: Offsets | None = None) -> Tensor:
         text = self._text
-        return text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]  # type: ignore[no-any-return]  # (B, L, d)
+        x: Tensor = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]  # (B, L, d)
+        return x if offsets is None else x + offsets(tokens)
 
     def _embed_frames(self, pixels: Tensor) -> Tensor:
         side = self.image_size
@@ -274,6 +295,15 @@ class Backbone:
         if len(distinct) == 1:
             return distinct[0]
         return stacked(distinct, torch.tensor(index, device=self.device))
+
+    def _offsets(self, adapters: Adapters) -> Offsets | None:
+        """The vocabulary rows of a batch, whose number of rows `_tower` has checked; None where no adapter has any."""
+        if adapters is None or isinstance(adapters, Adapter):
+            return None if adapters is None else adapters.vocabulary
+        if isinstance(adapters, Slots):
+            return adapters.stack.vocabularies(adapters.index)
+        rows = [None if adapter is None else adapter.vocabulary for adapter in adapters]
+        return ByText(rows) if any(own is not None for own in rows) else None
 
     def _text_token(self, tokens: Tensor) -> Tensor | None:
         """(B,) position of the token that is the text's vector; None where the tower pools otherwise."""

@@ -4,18 +4,21 @@ A stack keeps each adapter in a slot, tower by tower as blocks (P, 1 + R, 2, d):
 biases and rows 1 … R the weights of the bottleneck; `[..., 0, :]` belongs to the down projection, `[..., 1, :]` to the up
 projection. So one copy of contiguous memory a row and place fetches all that it needs, of no more rows than the batch's
 largest rank, and writing an adapter is one copy too. Slot 0 is the zero adapter: the frozen backbone.
+
+Beside the blocks a slot has room for vocabulary rows, and for each token id the place of its row (`StackedVocabulary`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from backbone.adapter import Adapter, TowerAdapter, TowerDims
+from backbone.vocabulary import StackedVocabulary, Vocabulary
 
 TOWERS = ("visual", "text")
 SLOPE = 1.702  # of quick GELU
@@ -47,20 +50,27 @@ class StackedTower:
 
 @dataclass(frozen=True, slots=True)
 class FlatAdapter:
-    """An adapter as one contiguous buffer: each tower's blocks at its own rank, one after the other; rank 0: no such tower."""
+    """An adapter as one contiguous buffer: each tower's blocks at its own rank, then its vocabulary rows; rank 0: no such
+    tower.
+    """
 
     values: Tensor  # (N,) float32, on the host
     dims: TowerDims
     ranks: tuple[int, int]  # visual, text
+    ids: Tensor  # (V,) int64, on the host: the tokens that have a vocabulary row
 
     @classmethod
     def of(cls, adapter: Adapter, dims: TowerDims, pinned: bool = False) -> FlatAdapter:
         """A copy without gradient, in page-locked memory where `pinned`. Ranks may not exceed the towers' widths."""
         towers = [getattr(adapter, tower) for tower in TOWERS]
         ranks = rank_of(adapter.visual), rank_of(adapter.text)
-        sizes = [_size(dims, tower, rank) for tower, rank in zip(TOWERS, ranks, strict=True) if rank]
+        words = adapter.vocabulary
         with torch.inference_mode(False), torch.no_grad():
-            flat = cls(torch.zeros(sum(torch.Size(size).numel() for size in sizes), pin_memory=pinned), dims, ranks)
+            ids = torch.empty(0, dtype=torch.int64) if words is None else words.ids.cpu()
+            flat = cls(torch.empty(0), dims, ranks, ids)
+            flat = replace(flat, values=torch.zeros(sum(flat._counts()), pin_memory=pinned))
+            if words is not None:
+                flat.rows(flat.values).copy_(words.rows)
             for tower, rank, own in zip(towers, ranks, flat.towers(flat.values), strict=True):
                 if own is not None:
                     own[:, 0, 0, :rank], own[:, 1:, 0] = tower.down_bias, tower.down_weight
@@ -69,15 +79,25 @@ class FlatAdapter:
 
     def towers(self, values: Tensor) -> list[Tensor | None]:
         """Views (P, 1 + r, 2, d) of the towers in `values`, which may be a copy of this adapter's on another device."""
+        parts = values.split(self._counts())[:2]
+        sizes = [_size(self.dims, tower, rank) for tower, rank in zip(TOWERS, self.ranks, strict=True)]
+        return [part.view(size) if len(part) else None for part, size in zip(parts, sizes, strict=True)]
+
+    def rows(self, values: Tensor) -> Tensor:
+        """View (V, d) of the vocabulary rows in `values`."""
+        rows: Tensor = values.split(self._counts())[2]
+        return rows.view(len(self.ids), self.dims.text_width)
+
+    def _counts(self) -> list[int]:
         sizes = [_size(self.dims, tower, rank) for tower, rank in zip(TOWERS, self.ranks, strict=True)]
         counts = [torch.Size(size).numel() if rank else 0 for size, rank in zip(sizes, self.ranks, strict=True)]
-        parts = values.split(counts)
-        return [part.view(size) if len(part) else None for part, size in zip(parts, sizes, strict=True)]
+        return [*counts, len(self.ids) * self.dims.text_width]
 
 
 class AdapterStack:
     """`slots` adapters of up to `rank` on the device, in memory that is allocated once. Slot 0 is the zero adapter, always.
-    `dtype` is what the adapters are kept and computed in.
+    `dtype` is what the adapters are kept and computed in. Each may have up to `words` vocabulary rows, of a backbone with
+    `tokens` token ids.
 
     Different ranks, shared rows and scopes stand side by side: rows beyond an adapter's rank are zero. For inference: the
     stack holds copies, so no gradient reaches an adapter through it, and a backward pass over a batch in which a slot was
@@ -92,31 +112,37 @@ class AdapterStack:
         rank: int = 16,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        words: int = 0,
+        tokens: int = 0,
     ) -> None:
         widest = min(dims.visual_width, dims.text_width)
         if slots < 2 or not 1 <= rank <= widest:
             raise ValueError(f"a stack has two slots or more, of a rank from 1 to {widest}: not {slots} of rank {rank}")
-        self.dims, self.slots, self.rank, self.device = dims, slots, rank, torch.device(device)
+        if not 0 <= words < 2**15:
+            raise ValueError(f"a slot has room for 0 to {2**15 - 1} vocabulary rows, not {words}")
+        self.dims, self.slots, self.rank, self.words, self.device = dims, slots, rank, words, torch.device(device)
         sizes = [_size(dims, tower, rank) for tower in TOWERS]
         with torch.inference_mode(False):
-            self._memory = torch.zeros(
-                slots, self.slot_bytes(dims, rank, dtype) // dtype.itemsize, dtype=dtype, device=self.device
-            )
+            values = sum(torch.Size(size).numel() for size in sizes)
+            self._memory = torch.zeros(slots, values, dtype=dtype, device=self.device)
             parts = self._memory.split([torch.Size(size).numel() for size in sizes], dim=1)
+            self._table = torch.zeros(slots, 1 + words, dims.text_width, dtype=dtype, device=self.device)
+            self._places = torch.zeros(slots, tokens, dtype=torch.int16, device=self.device)
+        self.nbytes = self._memory.nbytes + self._table.nbytes + self._places.nbytes
+        self._ids = [torch.empty(0, dtype=torch.int64)] * slots  # on the host
         self._blocks = {t: part.unflatten(1, size) for t, part, size in zip(TOWERS, parts, sizes, strict=True)}
         self._ranks = {tower: [0] * slots for tower in TOWERS}  # rows beyond are zero; 0: the slot leaves the tower alone
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @staticmethod
-    def slot_bytes(dims: TowerDims, rank: int, dtype: torch.dtype = torch.float32) -> int:
-        return dtype.itemsize * sum(torch.Size(_size(dims, tower, rank)).numel() for tower in TOWERS)
-
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes
+    def slot_bytes(dims: TowerDims, rank: int, dtype: torch.dtype = torch.float32, *, words: int = 0, tokens: int = 0) -> int:
+        values = sum(torch.Size(_size(dims, tower, rank)).numel() for tower in TOWERS) + (1 + words) * dims.text_width
+        return dtype.itemsize * values + torch.int16.itemsize * tokens
 
     def write(self, slot: int, adapter: FlatAdapter) -> None:
-        """Fills a slot; on return the adapter is there. Raises ValueError for slot 0, other dimensions, or a larger rank.
+        """Fills a slot; on return the adapter is there. Raises ValueError for slot 0, and for an adapter of other dimensions,
+        of a larger rank, of more vocabulary rows than a slot has room for, or of unknown token ids.
 
         On CUDA the copy runs on a stream of its own, from page-locked memory beside the batches, after what the default
         stream was given before: a reader may free its slot once its batch is launched there. One thread writes at a time.
@@ -125,6 +151,10 @@ class AdapterStack:
             raise ValueError(f"slot {slot} cannot be written: slots 1 to {self.slots - 1} can")
         if adapter.dims != self.dims or max(adapter.ranks) > self.rank:
             raise ValueError(f"a stack for {self.dims}, rank {self.rank}; an adapter for {adapter.dims}, ranks {adapter.ranks}")
+        if len(adapter.ids) > self.words or bool((adapter.ids >= self._places.shape[1]).any()):
+            raise ValueError(
+                f"{len(adapter.ids)} vocabulary rows, room for {self.words}, of token ids from 0 to {self._places.shape[1] - 1}"
+            )
         if self._copies is None:
             self._fill(slot, adapter, adapter.values)
             return
@@ -143,10 +173,18 @@ class AdapterStack:
                 target[:, : 1 + rank].copy_(source)
                 target[:, 1 + rank : 1 + before].zero_()
             self._ranks[tower][slot] = rank
+        if len(self._ids[slot]) or len(adapter.ids):
+            self._ids[slot] = adapter.ids  # before the copy: if it fails, the next one clears the places
+            places = torch.arange(1, 1 + len(adapter.ids), dtype=torch.int16)
+            self._places[slot].zero_().index_copy_(0, adapter.ids.to(self.device), places.to(self.device))
+            self._table[slot, 1 : 1 + len(adapter.ids)].copy_(adapter.rows(values))
 
     def adapter(self, slot: int) -> Adapter:
         """A slot as an Adapter of its own rank whose tensors are views: valid while the slot is not written."""
-        return Adapter(visual=self._single("visual", slot), text=self._single("text", slot))
+        vocabulary = None
+        if len(ids := self._ids[slot]):
+            vocabulary = Vocabulary(ids.to(self.device), self._table[slot, 1 : 1 + len(ids)])
+        return Adapter(self._single("visual", slot), self._single("text", slot), vocabulary)
 
     def rows(self, tower: str, index: Tensor) -> TowerAdapter | StackedTower | None:
         """Applies to row b the adapter in slot index[b], (B,) int64: None where none changes this tower; plain products
@@ -160,6 +198,16 @@ class AdapterStack:
         if len(distinct) < 2:
             return self._single(tower, distinct.pop()) if distinct else None
         return StackedTower(self._blocks[tower], index.to(self.device), max(ranks[slot] for slot in distinct))
+
+    def vocabularies(self, index: Tensor) -> StackedVocabulary | None:
+        """The vocabulary rows of the slots index (B,) int64, which `rows` has checked; None where they have none."""
+        if not any(len(self._ids[slot]) for slot in set(index.tolist())):
+            return None
+        return StackedVocabulary(self._places, self._table, index.to(self.device))
+
+    def whole_vocabularies(self, index: Tensor) -> StackedVocabulary | None:
+        """`vocabularies` for a CUDA graph: see `whole`."""
+        return StackedVocabulary(self._places, self._table, index) if self.words else None
 
     def whole(self, tower: str, index: Tensor) -> StackedTower:
         """`rows` for a CUDA graph: index (B,) int64 on the device and the slots may change after the capture, and each

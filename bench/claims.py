@@ -58,6 +58,17 @@ METHODS = {"adapter": BOTH, "adapter, nothing shared": UNSHARED, "adapter, text 
 SWEEP = {"adapter": (3e-3, 1e-2, 2e-2), "full fine-tuning": (1e-4, 3e-4, 1e-3)}
 PAPER: dict[str, Any] = {"preset": "paper", "batch_size": 128, "steps": 31}  # five epochs of 800 pairs
 PAPER_RATES = (1e-5, 1e-3, 3e-3, 1e-2)
+WORDS: dict[str, Any] = {**BOTH, "vocabulary": "auto"}
+WORDS_TEXT: dict[str, Any] = {**BOTH, "vocabulary": "auto", "scope": "text"}
+LOW_WORDS = {**LOW_BOTH, "vocabulary": "auto"}
+LONG = {"steps": 800}
+VOCABULARY = {  # on worlds with new words
+    "adapter with rows": WORDS,
+    "adapter with rows, 800 steps": {**WORDS, **LONG},
+    "adapter with rows, r 16": {**WORDS, "rank": 16},
+    "adapter with rows, text tower": WORDS_TEXT,
+    "adapter with rows, text tower, 800 steps": {**WORDS_TEXT, **LONG},
+}
 
 
 def cells() -> list[Cell]:
@@ -74,6 +85,11 @@ def cells() -> list[Cell]:
     wanted += [Cell("archive", {**PAPER, "learning_rate": r}, 800) for r in PAPER_RATES]
     wanted += [Cell("nightwatch", recipe, 800, seed) for seed in SEEDS for recipe in METHODS.values()]
     wanted += [Cell("blueprint", recipe, 800, seed) for seed in SEEDS for recipe in METHODS.values()]
+    wanted += [Cell("archive", WORDS, pairs, seed) for seed in SEEDS for pairs in (50, 200, 800)]
+    wanted += [Cell("archive", LOW_WORDS, 50, seed) for seed in SEEDS]
+    wanted += [
+        Cell(world, r, 800, seed) for seed in SEEDS for world in ("nightwatch", "blueprint") for r in VOCABULARY.values()
+    ]
     return list({cell.name: cell for cell in wanted}.values())
 
 
@@ -127,7 +143,14 @@ def compute(cell: Cell) -> dict[str, Any]:
 
     started = time.monotonic()
     backbone = load_backbone()
-    common = {"steps": STEPS[cell.world], "batch_size": BATCH, "frames": 1, "evaluations": 3, "seed": cell.seed}
+    common = {
+        "steps": STEPS[cell.world],
+        "batch_size": BATCH,
+        "frames": 1,
+        "evaluations": 3,
+        "seed": cell.seed,
+        "vocabulary": "off",
+    }
     recipe = Recipe.of({**common, **cell.recipe})
     dataset, test = data(cell)
     with TemporaryDirectory() as scratch:
@@ -283,7 +306,10 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
     for world, pairs in (("archive", 200), ("archive", 50), ("archive", 800), ("nightwatch", 800), ("blueprint", 800)):
         full = of(world, FULL, pairs)
         lower = {"adapter, rate 0.003": LOW_BOTH, "full fine-tuning, rate 0.0001": LOW_FULL}
-        shown = {**METHODS, **(lower if pairs == 50 else {})}
+        if pairs == 50:
+            lower["adapter with rows, rate 0.003"] = LOW_WORDS
+        rows_shown = {"adapter with rows": WORDS} if world == "archive" else VOCABULARY
+        shown = {**METHODS, **rows_shown, **(lower if pairs == 50 else {})}
         lines = [found for label, recipe in shown.items() if (found := line(label, of(world, recipe, pairs), full))]
         if rows := of(world, BOTH, pairs):
             zero = ["zero-shot", "0", str(score(hit_table(rows[:1], "zero_hits"))), *[""] * 8]

@@ -29,6 +29,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)  # the point of the curve that is kept
     rival: dict[str, Any] = field(default_factory=dict)  # the point of the adapter in use
     hits: dict[str, list[float]] = field(default_factory=dict)  # of each validation caption: before, best, rival
+    log_ranks: dict[str, list[float]] = field(default_factory=dict)  # the same
     kept: dict[str, Tensor] = field(default_factory=dict)  # its tensors
 
 

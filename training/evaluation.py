@@ -51,7 +51,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Difference of R@1, after less before, in points, with its 95 % interval."""
+    """By how much the second of two systems is better, with its 95 % interval."""
 
     mean: float
     low: float
@@ -202,14 +202,13 @@ def gain(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Gain:
-    """Paired bootstrap of R@1 of two systems on the same queries: before and after (Q, V), clusters as in `intervals`.
-
-    Raises ValueError where the two did not answer the same queries.
+    """Paired bootstrap of R@1, in points, of two systems on the same queries: before and after (Q, V), clusters as in
+    `intervals`. Raises ValueError where the two did not answer the same queries.
     """
     if before.shape != after.shape:
         raise ValueError(f"the systems were measured on other data: {before.shape} and {after.shape} similarities")
-    first, second = (hits_at_1(similarity, targets) for similarity in (before, after))
-    return gain_of_hits(first, second, targets if groups is None else groups, resamples, seed)
+    first, second = (100 * hits_at_1(similarity, targets) for similarity in (before, after))
+    return paired_gain(second - first, targets if groups is None else groups, resamples, seed)
 
 
 def hits_at_1(similarity: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float64]:
@@ -217,19 +216,20 @@ def hits_at_1(similarity: NDArray[np.float32], targets: Sequence[int]) -> NDArra
     return _hits(*ranks(similarity, targets), 1)
 
 
-def gain_of_hits(
-    before: Sequence[float] | NDArray[np.float64],
-    after: Sequence[float] | NDArray[np.float64],
-    groups: Sequence[Hashable],
-    resamples: int = 1000,
-    seed: int = 0,
+def log_ranks(similarity: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float64]:
+    """(Q,) natural logarithm of each query's expected rank: 0 is the first. Smoother than R@1 where queries are few."""
+    return np.log(expected_ranks(similarity, targets))
+
+
+def paired_gain(
+    gains: Sequence[float] | NDArray[np.float64], groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0
 ) -> Gain:
-    """`gain` from the `hits_at_1` (Q,) of two systems.
+    """The mean of the queries' gains (Q,) with its paired bootstrap interval, clusters as in `intervals`.
 
     Each resample takes both systems' answers to the same queries, so what makes a query hard for both cancels out. The gain
     is significant (two-sided, 5 %) where `low > 0`.
     """
-    difference = 100 * (np.asarray(after) - np.asarray(before))  # (Q,)
+    difference = np.asarray(gains)
     owner, count = _clusters(groups)
     table = np.stack([np.bincount(owner, difference, count), np.bincount(owner, minlength=count)], axis=1)  # (groups, 2)
     sums = np.concatenate([weights @ table for weights in _resamples(count, resamples, seed)])
@@ -301,12 +301,17 @@ def _similarities(texts: Tensor, frames: Tensor, temperature: float, pooling: Po
     return similarity
 
 
-def encode_clips(backbone: Backbone, adapter: Adapter | None, clips: Clips, rows: Sequence[int]) -> Tensor:
-    """Frame vectors of clips: (len(rows), F, D). No more than about BATCH_FRAMES frames of pixels are held at a time."""
-    step = max(1, BATCH_FRAMES // clips.frames)
+def encode_clips(
+    backbone: Backbone, adapter: Adapter | None, clips: Clips, rows: Sequence[int], picks: NDArray[np.int64] | None = None
+) -> Tensor:
+    """Frame vectors of clips, of all F frames or of those in `picks` (len(rows), F): (len(rows), F, D). No more than about
+    BATCH_FRAMES frames of pixels are held at a time.
+    """
+    step = max(1, BATCH_FRAMES // (clips.frames if picks is None else picks.shape[1]))
     parts = []
     for i in range(0, len(rows), step):
-        chunk = torch.from_numpy(clips.pixels(rows[i : i + step]))  # (V, F, 3, S, S)
+        some = None if picks is None else picks[i : i + step]
+        chunk = torch.from_numpy(clips.pixels(rows[i : i + step], some))  # (V, F, 3, S, S)
         parts.append(backbone.encode_frames(chunk.flatten(0, 1), adapter).unflatten(0, chunk.shape[:2]))
     return torch.cat(parts)
 

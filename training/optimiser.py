@@ -14,17 +14,40 @@ from training.recipe import Recipe
 BETAS, EPSILON = (0.9, 0.98), 1e-6
 
 
-def optimiser_of(tensors: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices, none on biases and other vectors."""
-    matrices = [t for name, t in tensors.items() if not name.endswith("bias") and t.ndim > 1]
-    others = [t for name, t in tensors.items() if name.endswith("bias") or t.ndim <= 1]
+def optimiser_of(tensors: Mapping[str, Tensor], recipe: Recipe, rates: Tensor | None = None) -> torch.optim.Optimizer:
+    """Weight decay on matrices, none on biases and other vectors, nor on vocabulary rows, whose `rates` (V,) are shares of
+    the learning rate.
+    """
+    decayed = {name for name, t in tensors.items() if not name.endswith("bias") and t.ndim > 1 and name != "vocabulary_rows"}
+    matrices = [t for name, t in tensors.items() if name in decayed]
+    others = [t for name, t in tensors.items() if name not in decayed]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    optimiser: torch.optim.Optimizer
     if recipe.bias_correction:
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS, eps=EPSILON)
-    return PlainAdam(groups, lr=recipe.learning_rate)
+        optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS, eps=EPSILON)
+    else:
+        optimiser = PlainAdam(groups, lr=recipe.learning_rate)
+    if rates is not None:
+        _slow_down(optimiser, tensors["vocabulary_rows"], rates)
+    return optimiser
+
+
+def _slow_down(optimiser: torch.optim.Optimizer, rows: Tensor, rates: Tensor) -> None:
+    """Each of the rows (V, d) goes its share of every step."""
+    before, share = rows.detach().clone(), rates[:, None]
+
+    def note(*_: Any) -> None:
+        before.copy_(rows.detach())
+
+    @torch.no_grad()
+    def slow(*_: Any) -> None:
+        rows.copy_(torch.lerp(before, rows, share))
+
+    optimiser.register_step_pre_hook(note)
+    optimiser.register_step_post_hook(slow)
 
 
 class PlainAdam(torch.optim.Optimizer):

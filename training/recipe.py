@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from backbone import TEMPERATURE, AdapterShape, Scope, Start, TowerDims
+from backbone import TEMPERATURE, VOCABULARY_ROWS, AdapterShape, Scope, Start, TowerDims
 
 Pooling = Literal["q_score", "mean"]
 
@@ -36,6 +36,8 @@ class Recipe(BaseModel):
     """`both`, `text` or `vision`. `text` trains faster and needs no video embedded again."""
     layers: int | None = Field(None, ge=1, le=256)
     """Only the last blocks get adapters; null: all. Fewer are faster: what lies before is computed once."""
+    vocabulary: Annotated[int, Field(ge=1, le=VOCABULARY_ROWS)] | Literal["auto", "off"] = "auto"
+    """Rows that learn words: the tokens of the captions that need it most, so many, or as `auto` finds; `off`: none."""
     start: Start = "identity"
     """`identity` begins at the frozen backbone, `small` at random weights, the paper's. Costs nothing."""
     learning_rate: float = Field(5e-3, ge=1e-8, le=1.0)
@@ -91,12 +93,15 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as errors:
-            error = errors.errors()[0]
+            error, *others = errors.errors()
             name = error["loc"][0] if error["loc"] else error["input"]  # a field whose name is no text has no place
             if error["type"] in ("extra_forbidden", "invalid_key") or not error["loc"]:
                 known = ", ".join(sorted([*cls.model_fields, "preset"]))
                 raise InvalidRecipe(f"unknown recipe field {reprlib.repr(name)}; known are {known}") from errors
             rule = error["msg"].replace("Input should", "must")
+            for other in others:  # of a field that takes several kinds of value
+                if other["loc"][:1] == error["loc"][:1]:
+                    rule += other["msg"].replace("Input should be", " or")
             raise InvalidRecipe(f"recipe.{name} {rule}, not {reprlib.repr(error['input'])}") from errors
 
     def shape(self, dims: TowerDims) -> AdapterShape:
@@ -139,6 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "rank": 8,
         "shared": 16,
+        "vocabulary": "off",
         "start": "small",
         "learning_rate": 3e-3,
         "weight_decay": 0.2,

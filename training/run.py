@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from training.report import write_json, write_report
 from training.source import Source
 from training.trainer import EVIDENCE, Rival, Trained, train
 
+WORDS = 200  # named in a manifest
 LOCK_SECONDS = 10.0  # a run whose parent was killed needs a step to notice
 
 
@@ -73,7 +75,7 @@ def run(
     if rival_file is not None:
         known = adapters_store.unpack(rival_file.read_bytes())
         rival = Rival(known.digest, known.adapter(backbone.fingerprint).to(backbone.device))
-    start = before.tensors if before is not None and before.shape == shape else None
+    start = before if before is not None and replace(before.shape, vocabulary=()) == shape else None
     with _alone(out, ranks.first) as scratch, _stop_signals() as stop, _logged(report, tensorboard, ranks.first) as tell:
         if ranks.first:
             loaded = source.load(corpus, scratch, backbone.image_size, tell)
@@ -137,7 +139,13 @@ def _publish(
         return digest
     packed = adapters_store.pack(trained.shape, backbone.fingerprint, trained.tensors)
     manifest = adapters_store.describe(
-        packed, recipe=recipe.to_json(), data=data, metrics=metrics, parent=facts["parent"], created_at=created_at
+        packed,
+        recipe=recipe.to_json(),
+        data=data,
+        metrics=metrics,
+        words=list(trained.words[:WORDS]),
+        parent=facts["parent"],
+        created_at=created_at,
     )
     adapters_store.write(out, packed, manifest)
     return manifest.digest

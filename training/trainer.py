@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from backbone import Adapter, AdapterShape, Backbone
 from training import checkpoint
 from training.checkpoint import Progress
 from training.dataset import Dataset, InvalidDataset, Split, hash_of
-from training.evaluation import evaluate, gain_of_hits, hits_at_1
+from training.evaluation import evaluate, hits_at_1, log_ranks, paired_gain
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
 from training.ranks import ALONE, Ranks
 from training.recipe import Recipe
 from training.step import Learner, backward
+from training.vocabulary import Plan, moved, plan, words_of
+
+if TYPE_CHECKING:
+    from adapters_store import Artifact
 
 Report = Callable[[dict[str, Any]], None]
 CHECKPOINTS = 50  # at most, of a run whose epochs are short
@@ -53,12 +57,14 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The best tensors of a run by validation R@1 (R@5, then the earlier step, break ties).
+    """The best tensors of a run by the validation captions' mean log rank (R@1, then the earlier step, break ties).
 
     `shape` is None after full fine-tuning, whose tensors are the whole backbone's. `final` are the last step's. `metrics`:
-    `before` (the frozen backbone), `in_use` (the rival), `after`, and the `gain` of R@1 over the one in use, with its interval.
+    `before` (the frozen backbone), `in_use` (the rival), `after`, and over the one in use the `gain` of R@1, in points, and the
+    `rank_gain`, by how much the mean log rank is lower, each with its interval.
     With fewer than MINIMUM_QUERIES held-out captions also `not_enough_evidence` and, where it could be had, `cross_validation`.
-    `hits`: whether each held-out caption found its video, `before` and by the `best`.
+    `hits` and `log_ranks`: how each held-out caption found its video, `before` and by the `best`. `words`: those of the
+    training captions that have a vocabulary row, the most frequent first.
     """
 
     shape: AdapterShape | None
@@ -66,6 +72,8 @@ class Trained:
     metrics: Mapping[str, Any]
     final: Mapping[str, Tensor]
     hits: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    log_ranks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    words: Sequence[str] = ()
 
     def on(self, backbone: Backbone) -> tuple[Backbone, Adapter | None]:
         """What encodes with the kept tensors: the backbone with an adapter, or a tuned copy of it without."""
@@ -83,7 +91,7 @@ def train(
     dataset: Dataset,
     recipe: Recipe,
     report: Report,
-    start: Mapping[str, Tensor] | None = None,
+    start: Artifact | None = None,
     rival: Rival | None = None,
     *,
     folder: Path | None = None,
@@ -95,8 +103,8 @@ def train(
 ) -> Trained:
     """Trains by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
 
-    `start`, tensors of the same shape, continues an adapter instead of a fresh one. `rival` is validated too, and the gain
-    told is over it instead of over the frozen backbone. `report` gets one dict an event:
+    `start`, an adapter of the same shape but for its vocabulary, is continued instead of a fresh one. `rival` is validated
+    too, and the gain told is over it instead of over the frozen backbone. `report` gets one dict an event:
     `{"event": "step" | "validation" | "resumed", …}`. With `folder`, the run keeps a checkpoint there and goes on from
     one that it finds; with `scratch`, what the frozen layers make of the data is cached there. `stop` is asked after
     each step. After `seconds` of steps, earlier starts included, the run ends with the best that it has. Where too few
@@ -106,16 +114,25 @@ def train(
     split = dataset.split(recipe.validation)
     _check(split)
     shape = recipe.shape(backbone.dims)
-    first_layers = (0, 0)
+    first_layers, vocabulary = (0, 0), Plan()
     if recipe.method == "full":
         tuned, weights = backbone.unfrozen()
         learner = Learner(tuned, None, weights, recipe)
     else:
         first_layers = shape.first_layers(recipe.layers)
-        initial = shape.initial(recipe.seed, recipe.layers, recipe.start) if start is None else start
+        vocabulary = plan(backbone, shape, dataset.clips, split.train, recipe)
+        if start is not None:
+            vocabulary = vocabulary.with_ids(start.shape.vocabulary)
+        shape = replace(shape, vocabulary=vocabulary.ids)
+        if vocabulary.ids:
+            first_layers = (first_layers[0], 0)  # a row changes what every layer sees
+        initial = shape.initial(recipe.seed, recipe.layers, recipe.start)
+        if start is not None:
+            initial |= shape.continued(start.shape, start.tensors)
         tensors = {name: value.clone().to(backbone.device).requires_grad_() for name, value in initial.items()}
         learner = Learner(backbone, shape, tensors, recipe)
-    optimiser = optimiser_of(learner.tensors, recipe)
+    rates = torch.tensor(vocabulary.rates, device=learner.backbone.device) if vocabulary.ids else None
+    optimiser = optimiser_of(learner.tensors, recipe, rates)
     steps = recipe.total_steps(len(split.train))
     inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
     validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
@@ -123,24 +140,25 @@ def train(
     crossed = len(split.validation) < MINIMUM_QUERIES and ranks.count == 1 and recipe.method != "full"
     crossed = crossed and 0 < 2 * folds <= steps  # one step a fold says nothing
     work = 2 * steps if crossed else steps  # the folds are about as much again
-    run = _name_of(backbone, dataset, recipe, start, rival, ranks)
+    run = _name_of(backbone, dataset, recipe, start, rival, ranks, vocabulary)
     path = None if folder is None else folder / "checkpoint.safetensors"
 
-    def measure(model: Backbone, adapter: Adapter | None) -> tuple[dict[str, Any], list[float]]:
+    def measure(model: Backbone, adapter: Adapter | None) -> tuple[dict[str, Any], list[float], list[float]]:
         found = evaluate(
             model, adapter, dataset.clips, split.validation, recipe.temperature, words=recipe.words, pooling=recipe.pooling
         )
-        return found.to_json(), hits_at_1(found.similarity, found.targets).tolist()
+        hits, ranks = (of(found.similarity, found.targets).tolist() for of in (hits_at_1, log_ranks))
+        return {**found.to_json(), "log_rank": round(sum(ranks) / len(ranks), 4)}, hits, ranks
 
     def validate(step: int) -> None:
-        found, hits = measure(learner.backbone, learner.adapter() if step else None)
+        found, hits, ranks = measure(learner.backbone, learner.adapter() if step else None)
         point = {"step": step, **found}
         done.curve.append(point)
         report({"event": "validation", "steps": steps, **point})
         if not step:
-            done.hits["before"] = hits
+            done.hits["before"], done.log_ranks["before"] = hits, ranks
         elif not done.best or _quality(point) > _quality(done.best):
-            done.best, done.hits["best"] = point, hits
+            done.best, done.hits["best"], done.log_ranks["best"] = point, hits, ranks
             done.kept = {name: t.detach().cpu().clone() for name, t in learner.tensors.items()}
 
     def save() -> None:
@@ -154,7 +172,7 @@ def train(
     elif ranks.first:
         validate(0)  # the frozen backbone: zero-shot
         if rival is not None:
-            done.rival, done.hits["rival"] = measure(backbone, rival.adapter)
+            done.rival, done.hits["rival"], done.log_ranks["rival"] = measure(backbone, rival.adapter)
     spent, last = done.seconds, time.monotonic()
     timed_out = done.step < steps and seconds is not None and ranks.any(spent >= seconds)
     for step, parts in inputs.stream(done.step, done.step if timed_out else steps):
@@ -190,9 +208,18 @@ def train(
     metrics = _metrics(done, split, rival, steps)
     if crossed and not (seconds is not None and done.seconds > seconds / 2):
         metrics["cross_validation"] = cross_validate(backbone, dataset, recipe, steps, report, folds, stop)
-    kept = {**backbone.weights(), **done.kept} if learner.shape is None else done.kept
     final = {name: t.detach().cpu() for name, t in learner.tensors.items()}
-    return Trained(learner.shape, kept, metrics, final, dict(done.hits))
+    if learner.shape is None:
+        return Trained(None, {**backbone.weights(), **done.kept}, metrics, final, dict(done.hits), dict(done.log_ranks))
+    kept = dict(done.kept)
+    if vocabulary.ids and ranks.first:
+        rows = moved(shape, kept["vocabulary_rows"], backbone)
+        shape = replace(shape, vocabulary=tuple(shape.vocabulary[row] for row in rows))
+        kept["vocabulary_rows"] = kept["vocabulary_rows"][rows]
+        if not rows:
+            del kept["vocabulary_rows"]
+    words = words_of(backbone, shape.vocabulary, [pair.text for pair in split.train])
+    return Trained(shape, kept, metrics, final, dict(done.hits), dict(done.log_ranks), words)
 
 
 def cross_validate(
@@ -227,7 +254,10 @@ def cross_validate(
         except InvalidDataset:
             return None
         found.append((trained, [pair.video for pair in part.split(recipe.validation).validation]))
-    hits = {side: [hit for trained, _ in found for hit in trained.hits[side]] for side in ("before", "best")}
+    hits, ranks = (
+        {side: [value for each in of for value in each[side]] for side in ("before", "best")}
+        for of in ([trained.hits for trained, _ in found], [trained.log_ranks for trained, _ in found])
+    )
     owners = [video for _, fold_videos in found for video in fold_videos]
     recalls = {
         "before": round(100 * sum(hits["before"]) / len(owners), 2),
@@ -239,7 +269,7 @@ def cross_validate(
         "queries": len(owners),
         "videos": len(videos),
         **{side: {"text_to_video": {"R@1": value}} for side, value in recalls.items()},
-        "gain": asdict(gain_of_hits(hits["before"], hits["best"], owners)),
+        **_gains(hits, ranks, "before", owners),
     }
 
 
@@ -255,18 +285,15 @@ def _name_of(
     backbone: Backbone,
     dataset: Dataset,
     recipe: Recipe,
-    start: Mapping[str, Tensor] | None,
+    start: Artifact | None,
     rival: Rival | None,
     ranks: Ranks,
+    vocabulary: Plan,
 ) -> str:
     """Names everything that decides the outcome of a run: a checkpoint is of this run if its name is equal."""
-    digest = hashlib.sha256()
-    facts = [backbone.fingerprint, dataset.digest(), recipe.to_json(), rival.digest if rival else None, ranks.count]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted((start or {}).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    others = [None if other is None else other.digest for other in (start, rival)]
+    facts = [backbone.fingerprint, dataset.digest(), recipe.to_json(), *others, ranks.count, vocabulary.ids]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _metrics(done: Progress, split: Split, rival: Rival | None, steps: int) -> dict[str, Any]:
@@ -291,12 +318,21 @@ def _metrics(done: Progress, split: Split, rival: Rival | None, steps: int) -> d
     if len(split.validation) < MINIMUM_QUERIES:
         metrics["not_enough_evidence"] = True
     if rival is not None and done.rival:
-        metrics["in_use"] = {"digest": rival.digest, **done.rival}
+        metrics["in_use"] = {"digest": rival.digest, **{name: done.rival[name] for name in directions}}
     if done.best:
         videos = [pair.video for pair in split.validation]
-        metrics["gain"] = asdict(gain_of_hits(done.hits["rival" if rival else "before"], done.hits["best"], videos))
+        metrics |= _gains(done.hits, done.log_ranks, "rival" if rival else "before", videos)
     return metrics
 
 
+def _gains(
+    hits: Mapping[str, Sequence[float]], ranks: Mapping[str, Sequence[float]], over: str, videos: Sequence[str]
+) -> dict[str, Any]:
+    """`gain` and `rank_gain` of the best over `before` or the `rival`."""
+    recall = [100 * (b - a) for a, b in zip(hits[over], hits["best"], strict=True)]
+    rank = [a - b for a, b in zip(ranks[over], ranks["best"], strict=True)]
+    return {"gain": asdict(paired_gain(recall, videos)), "rank_gain": asdict(paired_gain(rank, videos))}
+
+
 def _quality(point: Mapping[str, Any]) -> tuple[float, float]:
-    return point["text_to_video"]["R@1"], point["text_to_video"]["R@5"]
+    return -point["log_rank"], point["text_to_video"]["R@1"]

@@ -113,7 +113,7 @@ class Encoder:
     @property
     def fit(self) -> Fit:
         """What an adapter must fit to be published here."""
-        return Fit(self.backbone.fingerprint, self.backbone.dims, self.storage.settings.largest_rank)
+        return Fit(self.backbone.fingerprint, self.backbone.dims, self.backbone.tokens, self.storage.settings.largest_rank)
 
     @property
     def residency(self) -> Residency:
@@ -133,6 +133,7 @@ class Encoder:
                 host_bytes=settings.adapter_host_bytes,
                 rank=min(settings.adapter_rank, backbone.dims.text_width, backbone.dims.visual_width),
                 dtype=backbone.dtype,
+                tokens=backbone.tokens,
             )
         )
 

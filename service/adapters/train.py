@@ -86,7 +86,7 @@ def train_adapter(
     result = {
         **made,
         "digest": version.digest,
-        "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain") if name in metrics},
+        "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain", "rank_gain") if name in metrics},
         **{name: metrics[name] for name in EVIDENCE if name in metrics},
     }
     wanted = task.request["activate"]
@@ -139,22 +139,29 @@ def _folder(storage: Storage, task: Task) -> Path:
 
 
 def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
-    """Whether a trained adapter is activated, and why: `if_better` asks that its R@1 on the held-out videos is no worse than
-    that of what is in use now, measured on the same captions, and that these are enough to tell.
+    """Whether a trained adapter is activated, and why.
+
+    `if_better` asks that on the held-out captions its R@1 is no worse than that of what is in use now, and that its mean log
+    rank is surely no worse: the whole 95 % interval. Where these captions are too few to tell, the cross-validation over all
+    captions has to show it, if it was over the frozen backbone and has enough of them.
     """
     if wanted == "always":
         return True, "asked to activate in any case"
     if wanted == "never":
         return False, "asked not to activate"
     now, rival = ("in_use", "the adapter in use") if "in_use" in metrics else ("before", "no adapter")
-    if metrics.get("not_enough_evidence"):
+    crossed = metrics.get("cross_validation", {})
+    if metrics.get("not_enough_evidence") and now == "before" and crossed.get("queries", 0) >= MINIMUM_QUERIES:
+        metrics = crossed
+    elif metrics.get("not_enough_evidence"):
         queries = metrics["after"]["text_to_video"].get("queries", 0)
         needed = f"at least {MINIMUM_QUERIES} are needed to compare it with {rival}"
         return False, f"not enough evidence: {queries} held-out queries, {needed}"
     before, after = (metrics[side]["text_to_video"]["R@1"] for side in (now, "after"))
-    gain = metrics["gain"]
-    sure = f"{gain['mean']:+.1f}, 95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}"
-    return after >= before, f"validation R@1 is {after:g}, and {before:g} with {rival} ({sure})"
+    told = f"{'cross-validated' if metrics is crossed else 'validation'} R@1 is {after:g}, and {before:g} with {rival}"
+    for gain, what in ((metrics["gain"], "R@1"), (metrics["rank_gain"], "log rank")):
+        told += f"; gain of {what} {gain['mean']:+.4g}, 95 % interval {gain['low']:+.4g} to {gain['high']:+.4g}"
+    return after >= before and metrics["rank_gain"]["low"] >= 0, told
 
 
 def _train(

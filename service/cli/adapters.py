@@ -56,24 +56,29 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help=f"with --official: {', '.join(DTYPES)}; default: as it was imported, or float32")
     ] = None,
+    without_vocabulary: Annotated[
+        bool, typer.Option("--without-vocabulary", help="with --official: leave vocabulary rows out, which that code has not")
+    ] = False,
     tenant: TenantName = "default",
     data: Data = None,
 ) -> None:
     """Write an adapter's file, or with --official a checkpoint that the paper's released code loads."""
     if dtype is not None and (not official or dtype not in DTYPES):
         raise typer.BadParameter(f"--dtype goes with --official and is one of {', '.join(DTYPES)}")
+    if without_vocabulary and not official:
+        raise typer.BadParameter("--without-vocabulary goes with --official")
     if file is not None:
         if not official or adapter_id is not None or collection is not None:
             raise typer.BadParameter("--file goes with --official, without an adapter id and --collection")
         from service.cli.files import export_official
 
-        size = export_official(file, to, dtype)
+        size = export_official(file, to, dtype, without_vocabulary)
     else:
         if adapter_id is None or collection is None:
             raise typer.BadParameter("give an adapter id and its --collection, or --file")
         from service.cli.local import export_adapter
 
-        size = export_adapter(settings_from(data), tenant, collection, adapter_id, to, official, dtype)
+        size = export_adapter(settings_from(data), tenant, collection, adapter_id, to, official, dtype, without_vocabulary)
     out.print(f"{to}: {size:,} bytes", markup=False, soft_wrap=True)
 
 

@@ -91,10 +91,10 @@ def convert_official(checkpoint: Path, backbone_name: str, pretrained: str | Non
         return write(from_checkpoint(checkpoint, lambda: load_backbone(backbone_name, pretrained)))
 
 
-def export_official(file: Path, to: Path, dtype: str | None) -> int:
+def export_official(file: Path, to: Path, dtype: str | None, without_vocabulary: bool = False) -> int:
     """Writes an adapter file as a checkpoint that the paper's code loads; returns the bytes written."""
     with written(to) as write:
-        return write(to_checkpoint(file.read_bytes(), to, dtype))
+        return write(to_checkpoint(file.read_bytes(), to, dtype, without_vocabulary))
 
 
 def from_checkpoint(checkpoint: Path, backbone: Callable[[], Backbone]) -> bytes:
@@ -105,10 +105,12 @@ def from_checkpoint(checkpoint: Path, backbone: Callable[[], Backbone]) -> bytes
     return adapters_store.pack(shape, frozen.fingerprint, tensors, source_dtype)
 
 
-def to_checkpoint(data: bytes, to: Path, dtype: str | None) -> bytes:
+def to_checkpoint(data: bytes, to: Path, dtype: str | None, without_vocabulary: bool = False) -> bytes:
     """An adapter file's bytes as a checkpoint of the paper's code: safetensors if `to` is named so, else torch's."""
     artifact = adapters_store.unpack(data)
-    return adapters_store.official_file(artifact, dtype, as_safetensors=to.suffix == ".safetensors")
+    return adapters_store.official_file(
+        artifact, dtype, as_safetensors=to.suffix == ".safetensors", without_vocabulary=without_vocabulary
+    )
 
 
 @contextmanager

@@ -189,6 +189,7 @@ def export_adapter(
     to: Path,
     official: bool = False,
     dtype: str | None = None,
+    without_vocabulary: bool = False,
 ) -> int:
     """Writes an adapter's file, or with `official` the checkpoint that the paper's code loads; returns the bytes written."""
     with opened(settings) as parts, files.written(to) as write:
@@ -196,7 +197,7 @@ def export_adapter(
         with parts.storage.database.read() as connection:
             version = adapter_rows.adapter(connection, tenant.id, collection.id, adapter_id)
         data = parts.storage.blobs.get(adapter_key(collection.id, version.digest))
-        return write(files.to_checkpoint(data, to, dtype) if official else data)
+        return write(files.to_checkpoint(data, to, dtype, without_vocabulary) if official else data)
 
 
 def import_adapter(

@@ -1,4 +1,5 @@
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 import adapters_store
 from adapters_store import AdapterMismatch, Fit, InvalidAdapter, RankTooLarge, describe, pack, read, unpack, write
-from backbone import AdapterShape, TowerDims
+from backbone import VOCABULARY_ROWS, AdapterShape, TowerDims
 
 DIMS = TowerDims(192, 6, 128, 4)
 SHAPE = AdapterShape(DIMS, rank=4, shared=8)
 FINGERPRINT = "f" * 64
+TOKENS = 1000
 
 
 def packed(seed: int = 0, shape: AdapterShape = SHAPE) -> bytes:
@@ -126,14 +128,14 @@ def test_claims_are_compared_with_the_tensors_before_one_is_built(monkeypatch: p
 
 
 def test_an_adapter_that_comes_in_fits_the_backbone_and_the_largest_rank() -> None:
-    fit = Fit(FINGERPRINT, DIMS, rank=4)
+    fit = Fit(FINGERPRINT, DIMS, TOKENS, rank=4)
     assert unpack(packed(), fit).shape == SHAPE
     with pytest.raises(RankTooLarge, match="rank 4, the largest that is taken here is 3"):
-        unpack(packed(), Fit(FINGERPRINT, DIMS, rank=3))
+        unpack(packed(), Fit(FINGERPRINT, DIMS, TOKENS, rank=3))
     with pytest.raises(AdapterMismatch, match="towers"):
-        unpack(packed(), Fit(FINGERPRINT, TowerDims(192, 6, 128, 5), rank=4))
+        unpack(packed(), Fit(FINGERPRINT, TowerDims(192, 6, 128, 5), TOKENS, rank=4))
     with pytest.raises(AdapterMismatch, match="backbone"):
-        unpack(packed(), Fit("0" * 64, DIMS, rank=4))
+        unpack(packed(), Fit("0" * 64, DIMS, TOKENS, rank=4))
 
 
 @pytest.mark.parametrize("value", [3e38, -3e38, 2e4])
@@ -141,4 +143,69 @@ def test_weights_that_would_leave_the_range_of_floats_do_not_come_in(value: floa
     tensors = SHAPE.initial(0)
     tensors["text_adapter_down_weight"][0, 0, 0] = value
     with pytest.raises(InvalidAdapter, match="text_adapter_down_weight"):
-        unpack(pack(SHAPE, FINGERPRINT, tensors), Fit(FINGERPRINT, DIMS, rank=4))
+        unpack(pack(SHAPE, FINGERPRINT, tensors), Fit(FINGERPRINT, DIMS, TOKENS, rank=4))
+
+
+RICH = AdapterShape(DIMS, rank=4, shared=8, vocabulary=(7, 9, 400))
+
+
+def with_rows(**changed: torch.Tensor) -> bytes:
+    """The file of an adapter with vocabulary rows, whose tensors are as given."""
+    data = packed(shape=RICH)
+    with safetensors.safe_open(_saved(data), "pt") as file:
+        about = file.metadata()
+    return safetensors.torch.save({**safetensors.torch.load(data), **changed}, about)
+
+
+def _saved(data: bytes) -> str:
+    path = Path(tempfile.mkdtemp()) / "adapter.safetensors"
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_vocabulary_rows_are_packed_with_their_tokens() -> None:
+    tensors = {**RICH.initial(1), "vocabulary_rows": torch.randn(3, 128)}
+    data = pack(RICH, FINGERPRINT, tensors)
+    artifact = unpack(data, Fit(FINGERPRINT, DIMS, TOKENS, rank=4))
+    assert artifact.shape == RICH and torch.equal(artifact.tensors["vocabulary_rows"], tensors["vocabulary_rows"])
+    assert unpack(with_rows()).shape == RICH
+    manifest = describe(data, words=["kilo"])
+    assert (manifest.vocabulary, manifest.words, manifest.parameters) == (3, ["kilo"], SHAPE.parameters + 3 * 128)
+
+
+LONG = VOCABULARY_ROWS + 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"vocabulary_ids": torch.tensor([7, 7, 9], dtype=torch.int32)}, "ascending"),
+        ({"vocabulary_ids": torch.tensor([9, 7, 11], dtype=torch.int32)}, "ascending"),
+        ({"vocabulary_ids": torch.tensor([-1, 7, 11], dtype=torch.int32)}, "not negative"),
+        ({"vocabulary_ids": torch.tensor([7, 9, TOKENS], dtype=torch.int32)}, f"token {TOKENS}, the backbone knows {TOKENS}"),
+        ({"vocabulary_ids": torch.tensor([7, 9, 11])}, "int32"),
+        ({"vocabulary_ids": torch.tensor([[7, 9, 11]], dtype=torch.int32)}, "int32"),
+        ({"vocabulary_ids": torch.tensor([7, 9], dtype=torch.int32)}, r"shape \(3, 128\), not \(2, 128\)"),
+        ({"vocabulary_rows": torch.zeros(3, 127)}, r"shape \(3, 127\), not \(3, 128\)"),
+        ({"vocabulary_rows": torch.full((3, 128), torch.nan)}, "finite"),
+        ({"vocabulary_rows": torch.full((3, 128), 2e4)}, "vocabulary_rows"),
+        (
+            {"vocabulary_ids": torch.arange(LONG, dtype=torch.int32), "vocabulary_rows": torch.zeros(LONG, 128)},
+            f"1 to {VOCABULARY_ROWS} vocabulary rows, this one has {LONG}",
+        ),
+    ],
+)
+def test_vocabulary_rows_that_do_not_fit_are_refused_in_one_line(tensors: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(InvalidAdapter, match=words) as caught:
+        unpack(with_rows(**tensors), Fit(FINGERPRINT, DIMS, TOKENS, rank=4))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_without_tokens_are_refused() -> None:
+    data = safetensors.torch.load(with_rows())
+    for missing in ("vocabulary_ids", "vocabulary_rows"):
+        kept = {name: tensor for name, tensor in data.items() if name != missing}
+        with safetensors.safe_open(_saved(with_rows()), "pt") as file:
+            broken = safetensors.torch.save(kept, file.metadata())
+        with pytest.raises(InvalidAdapter, match="vocabulary_rows"):
+            unpack(broken)

@@ -413,3 +413,16 @@ def test_a_real_architecture_in_a_process_of_its_own(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
     assert_same(torch.load(tmp_path / "back.pt", weights_only=True), state)
+
+
+def test_an_adapter_with_vocabulary_rows_is_exported_without_them_or_not_at_all(tmp_path: Path, polyclip: Any) -> None:
+    shape = AdapterShape(DIMS, 4, 8, vocabulary=(3, 5))
+    tensors = {**shape.initial(0, start="small"), "vocabulary_rows": torch.ones(2, 32)}
+    file, out = tmp_path / "rich.safetensors", tmp_path / "official.safetensors"
+    file.write_bytes(pack(shape, FINGERPRINT, tensors))
+    export = ("adapters", "export", "--file", file, "--official", "--out", out)
+    status, _, told = polyclip(*export)
+    assert status == 1 and "2: export it without them (--without-vocabulary)" in told and not out.exists()
+    assert polyclip(*export, "--without-vocabulary")[0] == 0
+    without = to_official(unpack(pack(AdapterShape(DIMS, 4, 8), FINGERPRINT, tensors)))
+    assert_same(dict(read_state(out)), without)

@@ -116,11 +116,28 @@ def test_a_recipe_over_http_keeps_to_the_limits(workshop: Workshop, recipe: dict
 def test_the_gate_stays_shut_where_there_is_not_enough_evidence() -> None:
     """2 held-out queries, found 1 of 2 and then 2 of 2, are no gain."""
     sides = {name: {"text_to_video": {"R@1": value, "queries": 2}} for name, value in (("before", 50.0), ("after", 100.0))}
-    metrics = {**sides, "gain": {"mean": 50.0, "low": 0.0, "high": 100.0}}
+    gains = {"gain": {"mean": 50.0, "low": 0.0, "high": 100.0}, "rank_gain": {"mean": 0.3, "low": 0.0, "high": 0.7}}
+    metrics = {**sides, **gains}
     activated, reason = learning.verdict({**metrics, "not_enough_evidence": True}, "if_better")
     assert not activated and "not enough evidence: 2 held-out queries" in reason
     assert learning.verdict({**metrics, "not_enough_evidence": True}, "always")[0]
     assert learning.verdict(metrics, "if_better")[0]
+
+
+@pytest.mark.parametrize(
+    ("queries", "low", "in_use", "opens"),
+    [(30, 0.1, False, True), (29, 0.1, False, False), (30, -0.1, False, False), (30, 0.1, True, False)],
+)
+def test_where_too_few_captions_are_held_out_the_cross_validation_over_all_of_them_tells(
+    queries: int, low: float, in_use: bool, opens: bool
+) -> None:
+    sides: dict[str, Any] = {name: {"text_to_video": {"R@1": value}} for name, value in (("before", 10.0), ("after", 30.0))}
+    gains = {name: {"mean": 0.5, "low": low, "high": 1.0} for name in ("gain", "rank_gain")}
+    crossed = {"queries": queries, **sides, **gains}
+    few = {**sides, "gain": {}, "not_enough_evidence": True, "cross_validation": crossed}
+    few |= {"in_use": sides["before"]} if in_use else {}
+    activated, reason = learning.verdict(few, "if_better")
+    assert activated is opens and ("cross-validated" in reason) is (not in_use and queries >= 30)
 
 
 def asked(workshop: Workshop) -> Task:

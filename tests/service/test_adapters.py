@@ -81,24 +81,27 @@ def test_the_next_adapter_is_set_against_the_one_in_use(trained: Trained) -> Non
 
 
 @pytest.mark.parametrize(
-    ("wanted", "after", "in_use", "activated"),
+    ("wanted", "after", "in_use", "surely", "activated"),
     [
-        ("if_better", 40.0, None, True),
-        ("if_better", 20.0, None, True),
-        ("if_better", 19.9, None, False),
-        ("if_better", 40.0, 50.0, False),
-        ("if_better", 50.0, 50.0, True),
-        ("always", 0.0, 50.0, True),
-        ("never", 90.0, 50.0, False),
+        ("if_better", 40.0, None, 0.1, True),
+        ("if_better", 40.0, None, 0.0, True),
+        ("if_better", 40.0, None, -0.1, False),
+        ("if_better", 20.0, None, 0.1, True),
+        ("if_better", 19.9, None, 0.1, False),
+        ("if_better", 40.0, 50.0, 0.1, False),
+        ("if_better", 50.0, 50.0, 0.1, True),
+        ("always", 0.0, 50.0, -0.1, True),
+        ("never", 90.0, 50.0, 0.1, False),
     ],
 )
-def test_the_gate(wanted: str, after: float, in_use: float | None, activated: bool) -> None:
+def test_the_gate(wanted: str, after: float, in_use: float | None, surely: float, activated: bool) -> None:
     metrics = {name: {"text_to_video": {"R@1": value}} for name, value in (("before", 20.0), ("after", after))}
     if in_use is not None:
         metrics["in_use"] = {"text_to_video": {"R@1": in_use}}
-    decided, reason = verdict({**metrics, "gain": {"mean": 1.0, "low": -2.0, "high": 4.0}}, wanted)
+    gains = {"gain": {"mean": 1.0, "low": -2.0, "high": 4.0}, "rank_gain": {"mean": 0.5, "low": surely, "high": 0.9}}
+    decided, reason = verdict({**metrics, **gains}, wanted)
     assert decided is activated
-    assert wanted != "if_better" or ("-2.0 to +4.0" in reason and f"{after:g}" in reason)
+    assert wanted != "if_better" or ("-2 to +4" in reason and f"{after:g}" in reason and f"{surely:+g} to +0.9" in reason)
 
 
 def test_weights_move_to_another_collection_and_give_the_same_scores(trained: Trained) -> None:

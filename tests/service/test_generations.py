@@ -333,7 +333,7 @@ def trained(workshop: Workshop, collection: str, rival: str | None, activate: st
     data = adapters_store.pack(shape, fingerprint, {n: 30 * t for n, t in shape.initial(99).items()})
     recall = {name: {"text_to_video": {"R@1": value}} for name, value in (("before", 10.0), ("after", 20.0))}
     in_use = {"in_use": {"digest": rival, **recall["before"]}} if rival else {}
-    metrics = {**recall, **in_use, "gain": {"mean": 10.0, "low": 5.0, "high": 15.0}}
+    metrics = {**recall, **in_use, **{name: {"mean": 10.0, "low": 5.0, "high": 15.0} for name in ("gain", "rank_gain")}}
     manifest = adapters_store.describe(data, metrics=metrics)
     version = publish(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), data, manifest)
     with workshop.storage.database.write() as connection:

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from backbone import Backbone, load_backbone, q_score
+from adapters_store import Artifact
+from backbone import AdapterShape, Backbone, load_backbone, q_score, to_pixels
 from training.dataset import ArrayClips, Dataset, InvalidDataset, Pair, pick_frames
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
@@ -17,6 +19,7 @@ from training.ranks import ALONE
 from training.recipe import Recipe
 from training.step import Learner, backward, contrastive_loss
 from training.trainer import MINIMUM_QUERIES, Rival, Stopped, Trained, TrainingDiverged, train
+from training.vocabulary import Plan, plan
 
 COLOURS = {
     "crimson": (220, 20, 40),
@@ -62,7 +65,7 @@ def test_the_loss_falls_and_only_the_adapter_learns(backbone: Backbone) -> None:
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
     assert backbone._fingerprint() == before
-    assert set(trained.tensors) == set(RECIPE.shape(backbone.dims).layout())
+    assert trained.shape is not None and set(trained.tensors) == set(trained.shape.layout())
     start = RECIPE.shape(backbone.dims).initial(RECIPE.seed, start=RECIPE.start)
     assert all(not torch.equal(trained.tensors[name], start[name]) for name in start), "every tensor gets a gradient"
 
@@ -72,7 +75,8 @@ def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(ba
     curve = trained.metrics["curve"]
     assert [point["step"] for point in curve] == [0, 15, 30]
     assert trained.metrics["before"]["text_to_video"] == curve[0]["text_to_video"]
-    assert trained.metrics["after"]["text_to_video"]["R@1"] == max(p["text_to_video"]["R@1"] for p in curve[1:])
+    best = min(curve[1:], key=lambda point: point["log_rank"])
+    assert trained.metrics["after"]["text_to_video"] == best["text_to_video"]
     assert not set(trained.metrics["data"]["validation_videos"]) & {"nothing"}
 
 
@@ -86,7 +90,8 @@ def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(backbo
         train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path, stop=lambda: True)
     second = train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path)
     assert second.metrics["in_use"] == {"digest": "a" * 64, **first.metrics["after"]}
-    assert second.metrics["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}, "the same seed, the same adapter"
+    nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert second.metrics["gain"] == second.metrics["rank_gain"] == nothing, "the same seed, the same adapter"
 
 
 def test_the_same_seed_gives_the_same_adapter(backbone: Backbone) -> None:
@@ -100,12 +105,15 @@ def test_an_adapter_of_one_tower_has_only_its_tensors(backbone: Backbone, scope:
     recipe = Recipe(steps=2, batch_size=5, frames=2, evaluations=1, scope=scope)  # type: ignore[arg-type]
     trained = train(backbone, colours(2), recipe, quiet)
     tower = {"text": "text", "vision": "visual"}[scope]
-    assert all(name.startswith(tower) for name in trained.tensors)
+    assert {name.split("_")[0] for name in trained.tensors} <= {tower, "vocabulary"}
+    assert (scope == "text") == ("vocabulary_rows" in trained.tensors)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words(backbone: Backbone) -> None:
     wild = Recipe(steps=50, batch_size=5, frames=2, learning_rate=1.0, gradient_clip=1e6, evaluations=1)
-    start = {name: t * 1e30 for name, t in wild.shape(backbone.dims).initial(0, start="small").items()}
+    shape = wild.shape(backbone.dims)
+    tensors = {name: t * 1e30 for name, t in shape.initial(0, start="small").items()}
+    start = Artifact("", backbone.fingerprint, shape, tensors)
     with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
         train(backbone, colours(2), wild, quiet, start)
 
@@ -201,7 +209,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(backbone: Backbone, tmp_path: 
 def test_only_the_last_layers_learn_and_their_cached_prefix_changes_nothing(
     backbone: Backbone, tmp_path: Path, last: int
 ) -> None:
-    recipe = RECIPE.model_copy(update=dict(steps=3, layers=last))
+    recipe = RECIPE.model_copy(update=dict(steps=3, layers=last, vocabulary="off"))
     cached = train(backbone, colours(), recipe, quiet, scratch=tmp_path)
     for name, tensor in train(backbone, colours(), recipe, quiet).final.items():
         torch.testing.assert_close(cached.final[name], tensor, atol=2e-5, rtol=1e-3)
@@ -317,3 +325,65 @@ def test_a_run_whose_time_is_over_ends_with_the_best_that_it_has(backbone: Backb
     assert trained.metrics["timed_out"] == {"steps": trained.metrics["steps"], "of": 1_000_000}
     assert trained.metrics["steps"] <= 2 and trained.metrics["best_step"] == trained.metrics["steps"]
     assert set(trained.tensors) == set(recipe.shape(backbone.dims).layout())
+
+
+# --- vocabulary rows
+
+
+def trained_on_colours(backbone: Backbone, **fields: Any) -> Trained:
+    recipe = Recipe(**{"steps": 8, "batch_size": 5, "frames": 2, "evaluations": 1, "learning_rate": 1e-2, **fields})
+    return train(backbone, colours(), recipe, quiet)
+
+
+def test_the_words_of_the_captions_get_rows_and_are_named(backbone: Backbone) -> None:
+    trained = trained_on_colours(backbone)
+    assert trained.shape is not None
+    told = [pair.text for pair in colours().split(0.2).train]
+    ids = backbone.tokenize(told).ids
+    texts = {token for row, length in zip(ids.tolist(), backbone.lengths(ids).tolist(), strict=True) for token in row[:length]}
+    assert set(trained.shape.vocabulary) <= texts
+    assert set(COLOURS) <= set(trained.words) <= {*COLOURS, "zzyx"}
+    rows = trained.tensors["vocabulary_rows"]
+    assert rows.shape == (len(trained.shape.vocabulary), 128) and bool((rows.norm(dim=1) > 0).all())
+    assert not trained_on_colours(backbone, vocabulary="off").words
+    assert Recipe.of({"preset": "paper"}).vocabulary == "off"
+
+
+def test_a_row_learns_in_the_measure_in_which_its_word_is_unknown(backbone: Backbone) -> None:
+    """Captions that the frozen backbone tells apart get the least rate, those that it does not tell apart the full one."""
+    from demo.worlds import scenes
+
+    def of(world: str) -> Plan:
+        drawn = scenes(world, 24, 5)
+        frames = [[to_pixels(Image.fromarray(s.frame(s.duration / 2)), 64)] for s in drawn]
+        pairs = [Pair(i, s.captions[0], f"v{i}") for i, s in enumerate(drawn)]
+        recipe = Recipe(batch_size=12)
+        return plan(backbone, recipe.shape(backbone.dims), ArrayClips(np.asarray(frames)), pairs, recipe)
+
+    known, unknown = of("daylight"), of("nightwatch")
+    assert max(known.rates) < 0.5 < min(unknown.rates) and max(unknown.rates) == 1.0
+
+
+def test_so_many_rows_as_asked_for_and_none_of_a_token_that_is_in_one_pair_alone(backbone: Backbone) -> None:
+    data = colours()
+    odd = replace(data, pairs=(replace(data.pairs[0], text="zzyx crimson flamingo"), *data.pairs[1:]))
+    recipe = Recipe(batch_size=5)
+
+    def found(vocabulary: Any) -> tuple[int, ...]:
+        asked = recipe.model_copy(update={"vocabulary": vocabulary})
+        return plan(backbone, recipe.shape(backbone.dims), odd.clips, odd.pairs, asked).ids
+
+    flamingo = set(backbone.tokenize(["flamingo"]).ids[0, 1:-1].tolist()) - {0, 49407}
+    assert flamingo and not flamingo & set(found("auto")) and flamingo <= set(found(100))
+    assert len(found(3)) == 3 and set(found(3)) <= set(found(100)) and list(found(100)) == sorted(found(100))
+    assert found("off") == ()
+
+
+def test_an_adapter_that_is_continued_keeps_the_words_that_it_knows(backbone: Backbone) -> None:
+    shape = AdapterShape(backbone.dims, vocabulary=(7, 400))
+    tensors = {**shape.initial(0), "vocabulary_rows": torch.randn(2, 128)}
+    start = Artifact("0" * 64, backbone.fingerprint, shape, tensors)
+    recipe = Recipe(steps=1, batch_size=5, frames=2, evaluations=1, learning_rate=1e-8)
+    trained = train(backbone, colours(), recipe, quiet, start)
+    assert trained.shape is not None and trained.shape.vocabulary == (7, 400), "rows that have not moved are dropped"
+    torch.testing.assert_close(trained.tensors["vocabulary_rows"], tensors["vocabulary_rows"])
