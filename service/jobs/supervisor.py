@@ -29,6 +29,7 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: float | None = None
         self._stopping = threading.Event()
+        self._birth = threading.RLock()  # held while a child is made, so that none is overlooked
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -38,8 +39,9 @@ class Supervisor:
         """SIGTERM, not waited for."""
         self._stopping.set()
         self._asked = self._asked or time.monotonic()
-        if self._child is not None and self._child.poll() is None:
-            self._child.terminate()
+        with self._birth:
+            if self._child is not None and self._child.poll() is None:
+                self._child.terminate()
 
     def stop(self) -> None:
         """SIGTERM, if there was none yet, and nine seconds after it SIGKILL."""
@@ -70,14 +72,15 @@ class Supervisor:
     def _life(self) -> int | str:
         """Of one child: how it ended, or why it could not begin."""
         command = [sys.executable, "-m", self._module, "--parent", str(os.getpid())]
-        try:
-            self._child = subprocess.Popen(  # in a group of its own: Ctrl-C is for the API, which tells the worker
-                command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
-            )
-        except OSError as error:  # no memory for another process, say
-            return str(error)
-        if self._stopping.is_set():  # asked to stop just now, when there was no child
-            self._child.terminate()
+        with self._birth:
+            if self._stopping.is_set():
+                return "not begun"
+            try:
+                self._child = subprocess.Popen(  # in a group of its own: Ctrl-C is for the API, which tells the worker
+                    command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
+                )
+            except OSError as error:  # no memory for another process, say
+                return str(error)
         return self._child.wait()
 
 
