@@ -2,11 +2,12 @@
 
 from backbone.adapter import Adapter, AdapterShape, Scope, Start, TowerDims
 from backbone.graphs import Graphs
-from backbone.images import to_pixels
+from backbone.images import Form, to_pixels
 from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone
-from backbone.model import Adapters, Backbone, Prefix, Tokens, UnsupportedBackbone
+from backbone.model import Adapters, Backbone, Prefix, Tokens
 from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore, rescore_all
 from backbone.stack import AdapterStack, FlatAdapter, Slots
+from backbone.towers import UnsupportedBackbone
 from backbone.vocabulary import VOCABULARY_ROWS
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Backbone",
     "BackboneNotFound",
     "FlatAdapter",
+    "Form",
     "Graphs",
     "Prefix",
     "Scope",

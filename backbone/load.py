@@ -1,4 +1,4 @@
-"""Loading a backbone: the built-in one, any native open_clip ViT by tag or local file, or seeded random weights."""
+"""Loading a backbone: the built-in one, an open_clip model by tag or local file, or seeded random weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from backbone.model import Backbone, UnsupportedBackbone
+from backbone.model import Backbone
+from backbone.towers import UnsupportedBackbone
 
 BUILTIN = "builtin"
 RANDOM = "random"
@@ -51,10 +52,25 @@ def load_backbone(
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
     tokenizer = _tokenizer(name)
     model = _create(name, pretrained, seed)
-    config = open_clip.get_model_preprocess_cfg(model)
-    if not hasattr(model, "visual") or config.get("resize_mode", "shortest") != "shortest":
-        raise UnsupportedBackbone(f"{name}: only ViT towers with a shortest-side resize are supported")
-    return Backbone(name, model, tokenizer, tuple(config["mean"]), tuple(config["std"]), device, dtype)
+    config = _pictures(name, pretrained, model)
+    try:
+        return Backbone(name, model, tokenizer, device=device, dtype=dtype, **config)
+    except ValueError as error:
+        raise UnsupportedBackbone(str(error)) from error
+
+
+def _pictures(name: str, pretrained: str, model: torch.nn.Module) -> dict[str, Any]:
+    """How pictures are resized and normalised for these weights.
+
+    A file does not tell: it is taken to be like the published weights of its architecture where these agree with each
+    other, else like open_clip's own default.
+    """
+    keys = ("mean", "std", "resize_mode", "interpolation")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    told = [open_clip.get_pretrained_cfg(name, tag) for tag in ([pretrained] if pretrained in tags else tags)]
+    own = open_clip.get_model_preprocess_cfg(model)
+    config = own if not told or any(one[key] != told[0][key] for one in told for key in keys) else told[0]
+    return {key: tuple(config[key]) if key in ("mean", "std") else config[key] for key in keys}
 
 
 def _tokenizer(name: str) -> Any:

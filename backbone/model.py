@@ -15,24 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from backbone.adapter import Adapter, TowerAdapter, TowerDims
-from backbone.blocks import Apply, run_blocks
+from backbone.images import Form
 from backbone.linear import HalfWeights, Linear, Reordered, linear_of, onednn
 from backbone.packing import Packing
 from backbone.stack import Slots, stacked
 from backbone.tokenizer import bounded
+from backbone.towers import Apply, ResidualText, Tower, run_blocks, towers_of
 from backbone.vocabulary import ByText, Offsets
 
 Adapters = Adapter | Sequence[Adapter | None] | Slots | None
 """None: the frozen backbone. One adapter: for every row. A sequence: one for each row, None for the frozen backbone.
 Slots: one for each row, from a stack on the device, for inference."""
-
-
-class UnsupportedBackbone(ValueError):
-    """The architecture has no plain residual blocks on both towers, or pools in a way that the loop does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,7 @@ class Tokens:
 
 
 class Backbone:
-    """A frozen CLIP with plain residual blocks on both towers.
+    """A frozen CLIP whose towers are computed here (`backbone.towers`).
 
     `name` is the architecture's name; `fingerprint` identifies architecture and weights (sha256 hex): vectors of two
     backbones are comparable only where the fingerprints are equal.
@@ -73,27 +70,20 @@ class Backbone:
         std: tuple[float, float, float],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ) -> None:
         self.name = name
         self.device = torch.device(device)
         frozen: Any = model.float().eval().requires_grad_(False).to(self.device)
-        self._model = frozen
-        self._visual = frozen.visual
-        self._text = getattr(frozen, "text", frozen)  # CustomTextCLIP keeps its text tower apart
+        self._take(frozen)
         self._tokenizer = bounded(tokenizer)
-        self._check_architecture()
         self._linear: Linear
         self._text_linear: Linear  # where no gradients are wanted
-        visual_blocks, text_blocks = self._visual.transformer.resblocks, self._text.transformer.resblocks
-        self.dims = TowerDims(
-            visual_width=visual_blocks[0].ln_1.normalized_shape[0],
-            visual_layers=len(visual_blocks),
-            text_width=text_blocks[0].ln_1.normalized_shape[0],
-            text_layers=len(text_blocks),
-        )
-        self.image_size: int = self._visual.image_size[0]
-        self.context_length: int = self._text.context_length
-        self.embed_dim: int = self._visual.proj.shape[1]
+        self.dims = TowerDims(self._visual.width, len(self._visual.blocks), self._text.width, len(self._text.blocks))
+        self.image_size: int = frozen.visual.image_size[0]
+        self.form = Form(self.image_size, resize_mode, interpolation)
+        self.context_length, self.embed_dim, self.causal = self._text.context_length, self._text.embed_dim, self._text.causal
         self._mean, self._std = mean, std
         shift = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         scale = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
@@ -101,7 +91,7 @@ class Backbone:
         self.fingerprint = self._fingerprint()
         halves = self.device.type == "cpu" and dtype in (torch.float32, torch.float16) and HalfWeights.available()
         if halves and dtype == torch.float32:
-            halves = HalfWeights.lossless(p for block in text_blocks for p in block.parameters() if p.ndim == 2)
+            halves = HalfWeights.lossless(self._text.matrices)
         self._compute_in(torch.float32 if halves else dtype)
         if halves:
             self._text_linear = HalfWeights()
@@ -124,26 +114,29 @@ class Backbone:
     @property
     def token_embedding(self) -> Tensor:
         """(N, text width), frozen: of N token ids."""
-        return self._text.token_embedding.weight  # type: ignore[no-any-return]
+        return self._text.token_embedding
 
     def tokenize(self, texts: Sequence[str], words: int | None = None) -> Tokens:
-        """Token ids, cut to the context length or to `words` tokens, start and end included; `truncated` says where."""
+        """Token ids, cut to the context length or to `words` tokens, start and end included; `truncated` says where.
+
+        Only a causal tower gets fewer ids than its context length: another one also reads what follows a text.
+        """
         length = min(words or self.context_length, self.context_length)
         ids: Tensor = self._tokenizer(list(texts), context_length=length)
         room = length - 2  # the start and end tokens
         full = ids[:, -1] != 0
         truncated = tuple(bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts))
-        return Tokens(ids, truncated)
+        return Tokens(ids if self.causal else F.pad(ids, (0, self.context_length - length)), truncated)
 
     def trim(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) cut after the end of the longest text: attention is causal, what follows changes nothing."""
         if not self.causal:
             return tokens
-        return tokens[:, : int(self._ends(tokens).max()) + 1]
+        return tokens[:, : int(self._text.ends(tokens).max()) + 1]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) → (B,) how many of each row are the text's own, start and end included."""
-        return self._ends(tokens) + 1 if self.causal else torch.full((len(tokens),), tokens.shape[1])
+        return self._text.ends(tokens) + 1 if self.causal else torch.full((len(tokens),), tokens.shape[1])
 
     def encode_text(
         self, tokens: Tensor, adapters: Adapters = None, *, prefix: Prefix | None = None, recompute: bool = False
@@ -157,7 +150,7 @@ class Backbone:
         tokens = self.trim(tokens)
         packing = None
         if self.causal and self.device.type == "cpu" and (prefix is None or prefix.layers < self.dims.text_layers):
-            packing = Packing.of(self._ends(tokens))
+            packing = Packing.of(self._text.ends(tokens))
         apply = self._tower("text", adapters, len(tokens))
         offsets = self._offsets(adapters)
         if prefix is not None and offsets is not None:
@@ -174,21 +167,15 @@ class Backbone:
         offsets: Offsets | None = None,
     ) -> Tensor:
         """`encode_text` of trimmed tokens on the device, with what is applied there; nothing in it waits for the device."""
-        text, length = self._text, tokens.shape[1]
+        text: ResidualText = self._text
+        length = tokens.shape[1]
         x, first = (self._embed_text(tokens, offsets), 0) if prefix is None else (prefix.states[:, :length], prefix.layers)
         x = x if packing is None else packing.pack(x)
-        mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-        pool = self._text_token(tokens)
-        linear = self._linear if torch.is_grad_enabled() else self._text_linear
+        linear, pool = self._linear if torch.is_grad_enabled() else self._text_linear, text.token(tokens)
         x = run_blocks(
-            x, text.transformer.resblocks, linear, apply, mask, first, pool=pool, packing=packing, recompute=recompute
+            x, text.blocks, linear, apply, text.aside(length), first, pool=pool, packing=packing, recompute=recompute
         )
-        x = text.ln_final(x)
-        pooled = text_global_pool(x, tokens, self._text_pool) if pool is None else x[:, 0]  # (B, d)
-        projection = text.text_projection
-        if isinstance(projection, nn.Linear):
-            return projection(pooled)  # type: ignore[no-any-return]
-        return pooled if projection is None else pooled @ projection  # type: ignore[no-any-return]
+        return text.pool(x, tokens)
 
     def encode_frames(self, pixels: Tensor | Prefix, adapters: Adapters = None, *, recompute: bool = False) -> Tensor:
         """pixels (N, 3, image_size, image_size), or their `frame_prefix` → (N, embed_dim) float32, unnormalised.
@@ -203,27 +190,28 @@ class Backbone:
     def run_frames(self, pixels: Tensor | Prefix, apply: Apply | None, recompute: bool = False) -> Tensor:
         """`encode_frames`, with pixels on the device and what is applied there; nothing in it waits for the device."""
         x, first = (pixels.states, pixels.layers) if isinstance(pixels, Prefix) else (self._embed_frames(pixels), 0)
-        blocks = self._visual.transformer.resblocks
-        x = run_blocks(x, blocks, self._linear, apply, None, first, pool=self._frame_token(x), recompute=recompute)
-        pooled, _ = self._visual._pool(x)
-        return pooled @ self._visual.proj  # type: ignore[no-any-return]
+        tower = self._visual
+        aside, pool = tower.aside(x.shape[1]), tower.token(x)
+        x = run_blocks(x, tower.blocks, self._linear, apply, aside, first, pool=pool, recompute=recompute)
+        return tower.pool(x, None)
 
     def text_prefix(self, tokens: Tensor, layers: int) -> Prefix:
-        """The first `layers` blocks over tokens (B, L), without adapters: states (B, L, text width), or (B, 1, …) after all."""
+        """The first `layers` blocks over tokens (B, L), without adapters: states (B, L, text width), or (B, 1, …) after all
+        of a tower that reads one token.
+        """
         tokens = tokens.to(self.device)
-        length = tokens.shape[1]
-        mask = None if self._text.attn_mask is None else self._text.attn_mask[:length, :length]
-        blocks = self._text.transformer.resblocks
-        pool = self._text_token(tokens) if layers == len(blocks) else None
-        return Prefix(run_blocks(self._embed_text(tokens), blocks[:layers], self._linear, None, mask, pool=pool), layers)
+        return self._prefix(self._text, self._text.embed(tokens), tokens, layers)
 
     def frame_prefix(self, pixels: Tensor, layers: int) -> Prefix:
         """The first `layers` blocks over pixels (N, 3, image_size, image_size), without adapters: states (N, T, width), or
-        (N, 1, width) after all.
+        (N, 1, width) after all of a tower that reads one token.
         """
-        x, blocks = self._embed_frames(pixels), self._visual.transformer.resblocks
-        pool = self._frame_token(x) if layers == len(blocks) else None
-        return Prefix(run_blocks(x, blocks[:layers], self._linear, None, None, pool=pool), layers)
+        x = self._embed_frames(pixels)
+        return self._prefix(self._visual, x, x, layers)
+
+    def _prefix(self, tower: Tower, x: Tensor, inputs: Tensor, layers: int) -> Prefix:
+        pool = tower.token(inputs) if layers == len(tower.blocks) else None
+        return Prefix(run_blocks(x, tower.blocks[:layers], self._linear, None, tower.aside(x.shape[1]), pool=pool), layers)
 
     def unfrozen(self) -> tuple[Backbone, dict[str, Tensor]]:
         """A copy whose weights take gradients, all but logit_scale, and those weights by name.
@@ -231,9 +219,7 @@ class Backbone:
         For full fine-tuning, the baseline of the adapters; its fingerprint is `unfrozen`.
         """
         twin = copy.copy(self)
-        twin._model = copy.deepcopy(self._model)
-        twin._visual = twin._model.visual
-        twin._text = getattr(twin._model, "text", twin._model)
+        twin._take(copy.deepcopy(self._model))
         twin.fingerprint, twin._text_linear = "unfrozen", twin._linear
         weights = {name: tensor for name, tensor in twin._model.named_parameters() if name != "logit_scale"}
         for tensor in weights.values():
@@ -244,20 +230,22 @@ class Backbone:
         """Every stored tensor by open_clip's name: what `--pretrained FILE` reads."""
         return dict(self._model.state_dict())
 
+    def _take(self, model: Any) -> None:
+        self._model = model
+        self._visual, self._text = towers_of(self.name, model)
+
     def _compute_in(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._linear = linear_of(self.device, dtype)
         self._text_linear = Reordered() if self._linear is onednn else self._linear
-        for block in (*self._visual.transformer.resblocks, *self._text.transformer.resblocks):
-            block.attn.to(dtype)
-            block.mlp.to(dtype)
+        for tower in (self._visual, self._text):
+            tower.compute_in(dtype)
         if dtype != torch.float32:  # sums of products in float32, wherever the library might split them
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def _embed_text(self, tokens: Tensor, offsets: Offsets | None = None) -> Tensor:
-        text = self._text
-        x: Tensor = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]  # (B, L, d)
+        x = self._text.embed(tokens)  # (B, L, d)
         return x if offsets is None else x + offsets(tokens)
 
     def _embed_frames(self, pixels: Tensor) -> Tensor:
@@ -266,7 +254,7 @@ class Backbone:
             raise ValueError(f"pixels must have shape (N, 3, {side}, {side}), not {tuple(pixels.shape)}")
         pixels = pixels.to(self.device)
         pixels = (pixels.float() - self._shift) * self._scale if pixels.dtype == torch.uint8 else pixels.float()
-        return self._visual._embeds(pixels)  # type: ignore[no-any-return]  # (N, T, d)
+        return self._visual.embed(pixels)  # (N, T, d)
 
     def _tower(self, tower: str, adapters: Adapters, rows: int) -> Apply | None:
         """What `run_blocks` applies to a sub-layer's output; None where no row has an adapter on this tower."""
@@ -305,46 +293,18 @@ class Backbone:
         rows = [None if adapter is None else adapter.vocabulary for adapter in adapters]
         return ByText(rows) if any(own is not None for own in rows) else None
 
-    def _text_token(self, tokens: Tensor) -> Tensor | None:
-        """(B,) position of the token that is the text's vector; None where the tower pools otherwise."""
-        return self._ends(tokens) if self._text_pool in ("argmax", "eos") else None
-
-    def _frame_token(self, x: Tensor) -> Tensor | None:
-        """(N,) zeros, the class token's position; None where the tower pools otherwise."""
-        single = self._visual.attn_pool is None and self._visual.pool_type == "tok"
-        return torch.zeros(len(x), dtype=torch.int64, device=x.device) if single else None
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        """(B,) position of each text's end token, where the tower pools."""
-        return tokens.argmax(dim=-1) if self._text_pool == "argmax" else tokens.eq(self._eos_id or 0).int().argmax(dim=-1)
-
-    def _check_architecture(self) -> None:
-        for tower, holder in (("vision", self._visual), ("text", self._text)):
-            blocks = getattr(getattr(holder, "transformer", None), "resblocks", ())
-            if not len(blocks) or any(type(block) is not ResidualAttentionBlock for block in blocks):
-                raise UnsupportedBackbone(f"{self.name}: the {tower} tower has no plain residual blocks")
-        if getattr(self._text, "cls_emb", None) is not None or getattr(self._text, "use_pad_mask", False):
-            raise UnsupportedBackbone(f"{self.name}: text towers with a class token or a padding mask are not supported")
-        if self._visual.image_size[0] != self._visual.image_size[1]:
-            raise UnsupportedBackbone(f"{self.name}: the image is not square")
-        flat = self._text is self._model  # open_clip's CLIP class renames two attributes of its text tower
-        self._text_pool: str = self._text.text_pool_type if flat else self._text.pool_type
-        self._eos_id: int | None = self._text.text_eos_id if flat else self._text.eos_id
-        self.causal = self._text.attn_mask is not None and self._text_pool in ("argmax", "eos")
-
     def _fingerprint(self) -> str:
-        blocks = self._visual.transformer.resblocks[0], self._text.transformer.resblocks[0]
+        visual, text = self._visual.facts(), self._text.facts()
         architecture = {
             "dims": asdict(self.dims),
-            "heads": [block.attn.num_heads for block in blocks],
-            "activation": [type(block.mlp[1]).__name__ for block in blocks],
+            **{fact: [visual.pop(fact), text.pop(fact)] for fact in ("heads", "activation", "pool")},
             "image_size": self.image_size,
-            "patch_size": self._visual.patch_size[0],
             "context_length": self.context_length,
-            "causal": self._text.attn_mask is not None,
-            "pool": [self._visual.pool_type, self._text_pool],
             "mean": self._mean,
             "std": self._std,
+            **visual,
+            **text,
+            **self.form.facts(),
         }
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         for name, tensor in sorted(self._model.state_dict().items()):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone import to_pixels
+from backbone import Form, to_pixels
 from indexer.media import LARGEST_FRAME, DecodedVideo
 
 # a byte that changed may name another compression, a password or a place beyond the end
@@ -81,10 +81,10 @@ class FrameArchive:
         except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
 
-    def pixels(self, names: tuple[str, ...], size: int) -> NDArray[np.uint8]:
-        """(len(names), 3, size, size) uint8 RGB: the backbone's input. Raises DamagedFrames."""
+    def pixels(self, names: tuple[str, ...], form: Form | int) -> NDArray[np.uint8]:
+        """(len(names), 3, side, side) uint8 RGB: the backbone's input (`to_pixels`). Raises DamagedFrames."""
         try:
-            return np.stack([to_pixels(self._picture(name), size) for name in names])
+            return np.stack([to_pixels(self._picture(name), form) for name in names])
         except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
 

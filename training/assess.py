@@ -40,7 +40,7 @@ def assess(
         artifact = adapters_store.unpack(adapter.read_bytes())
         systems[f"adapter {artifact.digest[:12]}"] = artifact.adapter(backbone.fingerprint).to(backbone.device)
     with TemporaryDirectory() as folder:
-        dataset = source.load(corpus, Path(folder), backbone.image_size, tell)
+        dataset = source.load(corpus, Path(folder), backbone.form, tell)
         splits = dataset.split(SHARE)
         pairs = {"train": splits.train, "validation": splits.validation, "test": splits.test}[split]
         if not pairs:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backbone import Form
 from indexer.frames import DamagedFrames, FrameArchive
 
 CACHED_FRAMES = 12
@@ -100,7 +101,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def load_dataset(path: Path, scratch: Path, image_size: int, frames: int = CACHED_FRAMES, decode: bool = True) -> Dataset:
+def load_dataset(path: Path, scratch: Path, form: Form | int, frames: int = CACHED_FRAMES, decode: bool = True) -> Dataset:
     """Reads the JSONL at `path`; pixels of up to `PIXEL_BYTES` in all are decoded once, into a file in `scratch`.
 
     A caption with start and end gets the frames of that part of its video. `decode` False: another rank has filled that
@@ -137,9 +138,10 @@ def load_dataset(path: Path, scratch: Path, image_size: int, frames: int = CACHE
             pairs.append(Pair(rows[key], text, video))
     if not pairs:
         raise InvalidDataset("there is no captioned video to train on")
-    archived = _ArchivedClips(tuple(sources), image_size, frames)
-    small = len(sources) * frames * 3 * image_size**2 <= PIXEL_BYTES
-    clips = _cached(archived, len(sources), image_size, scratch, decode) if small else archived
+    archived = _ArchivedClips(tuple(sources), form, frames)
+    side = form if isinstance(form, int) else form.side
+    small = len(sources) * frames * 3 * side**2 <= PIXEL_BYTES
+    clips = _cached(archived, len(sources), side, scratch, decode) if small else archived
     return Dataset(clips, tuple(pairs), splits)
 
 
@@ -205,7 +207,7 @@ class _ArchivedClips:
     """Frames read from their archives whenever they are asked for."""
 
     sources: tuple[_Source, ...]
-    size: int
+    form: Form | int
     frames: int
 
     def pixels(self, rows: Sequence[int], picks: NDArray[np.int64] | None = None) -> NDArray[np.uint8]:
@@ -216,7 +218,7 @@ class _ArchivedClips:
         try:
             archive = FrameArchive(source.archive.read_bytes())
             names = archive.between(source.start, source.end, self.frames)
-            return archive.pixels(tuple(names[i] for i in picks), self.size)
+            return archive.pixels(tuple(names[i] for i in picks), self.form)
         except (DamagedFrames, FileNotFoundError) as error:
             raise DamagedFrames(f"video {source.video}: its cached frames are missing or damaged") from error
 

@@ -78,10 +78,10 @@ def run(
     start = before if before is not None and replace(before.shape, vocabulary=()) == shape else None
     with _alone(out, ranks.first) as scratch, _stop_signals() as stop, _logged(report, tensorboard, ranks.first) as tell:
         if ranks.first:
-            loaded = source.load(corpus, scratch, backbone.image_size, tell)
+            loaded = source.load(corpus, scratch, backbone.form, tell)
         ranks.wait()
         if not ranks.first:
-            loaded = source.load(corpus, scratch, backbone.image_size, tell, decode=False)
+            loaded = source.load(corpus, scratch, backbone.form, tell, decode=False)
         trained = train(
             backbone, loaded, recipe, tell, start, rival, folder=out, scratch=scratch, ranks=ranks, stop=stop,
             seconds=seconds, folds=recipe.folds,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backbone import Form
 from training.corpora import Corpus, cache_frames, load_corpus
 from training.dataset import CACHED_FRAMES, Dataset, load_dataset
 
@@ -34,7 +35,7 @@ class Source:
         self,
         corpus: Corpus | None,
         scratch: Path,
-        image_size: int,
+        form: Form | int,
         report: Callable[[dict[str, Any]], None],
         decode: bool = True,
     ) -> Dataset:
@@ -44,7 +45,7 @@ class Source:
         """
         if corpus is None:
             assert self.dataset is not None
-            return load_dataset(self.dataset, scratch, image_size, CACHED_FRAMES, decode)
+            return load_dataset(self.dataset, scratch, form, CACHED_FRAMES, decode)
         assert self.root is not None
         listing = scratch / "dataset.jsonl"
         if decode:
@@ -56,4 +57,4 @@ class Source:
                 progress=lambda done, total: report({"event": "decoding", "step": done, "steps": total}),
             )
             shutil.copyfile(written, listing)
-        return load_dataset(listing, scratch, image_size, corpus.frames, decode)
+        return load_dataset(listing, scratch, form, corpus.frames, decode)

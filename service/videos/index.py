@@ -216,14 +216,14 @@ def _embedded(
     storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Progress
 ) -> list[dict[str, Any]]:
     archive = FrameArchive(storage.blobs.get(frames_key(video.collection_id, video.id)))
-    size = encoder.backbone.image_size
+    form = encoder.backbone.form
     rows = []
     group = f"{video.tenant_id}, again" if video.status == "ready" else video.tenant_id  # an upload does not queue behind these
     with encoder.lease(generation) as lease:
         for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
             progress(first / len(archive.segments))
             window = archive.segments[first : first + SEGMENTS_AT_ONCE]
-            pixels = [archive.pixels(segment.frames, size) for segment in window]
+            pixels = [archive.pixels(segment.frames, form) for segment in window]
             waiting = [encoder.frames.submit((frames, lease), group=group, weight=len(frames)) for frames in pixels]
             for ordinal, (segment, future) in enumerate(zip(window, waiting, strict=True), start=first):
                 vectors = future.result()

@@ -67,7 +67,7 @@ def test_adapters_stand_after_attention_and_after_the_mlp_of_every_block(backbon
     tensors = tensors_of(shape, 2)
     adapter = shape.assemble(tensors)
     tokens = backbone.tokenize(["a red ball"]).ids
-    text = backbone._text
+    text = backbone._model
     with torch.inference_mode():
         x = text.token_embedding(tokens) + text.positional_embedding
         for layer, block in enumerate(text.transformer.resblocks):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import NAMES, small
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,8 +42,10 @@ def fake() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-@pytest.fixture(scope="module", params=["builtin", "ViT-S-32-alt"])
+@pytest.fixture(scope="module", params=["builtin", "ViT-S-32-alt", *NAMES])
 def real(request: pytest.FixtureRequest) -> Backbone:
+    if request.param in NAMES:
+        return small(request.param)
     return load_backbone(request.param, None if request.param == "builtin" else "random")
 
 
@@ -50,8 +53,8 @@ def real(request: pytest.FixtureRequest) -> Backbone:
 def there(request: pytest.FixtureRequest, real: Backbone, fake: FakeTensorMode) -> tuple[Backbone, Callable[..., StackedTower]]:
     """The backbone on the device that is not there, and `AdapterStack.whole` of a stack there."""
     twin = copy.copy(real)
-    twin._model, twin.device = copy.deepcopy(real._model), CUDA
-    twin._visual, twin._text = twin._model.visual, getattr(twin._model, "text", twin._model)
+    twin.device = CUDA
+    twin._take(copy.deepcopy(real._model))
     twin._compute_in(request.param)
     stack = AdapterStack(real.dims, 4, 8, dtype=request.param)
     with fake:

@@ -34,8 +34,7 @@ def halved(dtype: torch.dtype, device: str) -> Backbone:
     if device == "cuda":
         return load_backbone("builtin", device=device, dtype=dtype)
     backbone = copy.copy(full())
-    backbone._model = copy.deepcopy(full()._model)
-    backbone._visual, backbone._text = backbone._model.visual, backbone._model
+    backbone._take(copy.deepcopy(full()._model))
     backbone._compute_in(dtype)
     return backbone
 
