@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from adapters_store import pack
-from backbone import AdapterShape, AdapterStack, FlatAdapter, load_backbone
+from backbone import VOCABULARY_ROWS, AdapterShape, AdapterStack, FlatAdapter, load_backbone
 from bench.serving import BACKBONE, fill, listings, ours
 from bench.timing import Row
 
@@ -69,7 +69,9 @@ def memory() -> list[Row]:
         "a fine-tuned copy of CLIP": whole,
         "an adapter's file": len(pack(shape, backbone.fingerprint, tensors)),
         "an adapter in the host's memory": flat.values.nbytes,
-        "an adapter in the stack, room for rank 16": AdapterStack.slot_bytes(backbone.dims, 16),
+        "an adapter in the stack, room for rank 16 and 512 vocabulary rows": AdapterStack.slot_bytes(
+            backbone.dims, 16, words=VOCABULARY_ROWS, tokens=backbone.tokens
+        ),
     }
     return [
         Row(f"{name}: {size / MB:.1f} MB", 0, 0, 0, size / whole, "of the bytes of a fine-tuned copy")

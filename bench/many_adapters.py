@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backbone import AdapterStack, load_backbone
+from backbone import VOCABULARY_ROWS, AdapterStack, load_backbone
 from bench.serving import BACKBONE, fill, listings, load, ours
 from bench.timing import Row
 
@@ -20,7 +20,8 @@ ROOM = {"room for all": TENANTS * EACH, "room for 64": 64}
 
 
 def run() -> list[Row]:
-    slot = AdapterStack.slot_bytes(load_backbone(BACKBONE, "random").dims, 16)
+    backbone = load_backbone(BACKBONE, "random")
+    slot = AdapterStack.slot_bytes(backbone.dims, 16, words=VOCABULARY_ROWS, tokens=backbone.tokens)
     rows: list[Row] = []
     rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

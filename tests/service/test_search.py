@@ -18,7 +18,7 @@ from house import House as Workroom
 from serving import new_tenant, wait_for
 
 import adapters_store
-from backbone import Adapter, AdapterShape, AdapterStack, q_score
+from backbone import VOCABULARY_ROWS, Adapter, AdapterShape, AdapterStack, q_score
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service.adapters.publish import publish
 from service.cli.parts import Parts
@@ -50,7 +50,8 @@ class House:
     def __init__(self, folder: Path, room: int, **settings: Any) -> None:
         self.parts = Parts.over(Settings(data=folder, threads=1, adapter_bytes=1, **settings))
         self.storage, self.encoder, self.decoders = self.parts.storage, self.parts.encoder, self.parts.decoders
-        size = AdapterStack.slot_bytes(self.encoder.backbone.dims, 16)
+        backbone = self.encoder.backbone
+        size = AdapterStack.slot_bytes(backbone.dims, 16, words=VOCABULARY_ROWS, tokens=backbone.tokens)
         self.parts.close()
         limits: dict[str, Any] = {"adapter_bytes": (room + 1) * size, "adapter_max_rank": 24}
         self.parts = Parts.over(Settings(data=folder, threads=1, **limits, **settings))
