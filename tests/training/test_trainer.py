@@ -57,39 +57,48 @@ def equal(a: Trained, b: Trained) -> bool:
 RECIPE = Recipe(steps=30, batch_size=5, frames=2, learning_rate=1e-2, evaluations=2, rank=4, shared=8)
 
 
-def test_the_loss_falls_and_only_the_adapter_learns(backbone: Backbone) -> None:
-    events: list[dict[str, Any]] = []
-    before = backbone._fingerprint()
-    trained = train(backbone, colours(), RECIPE, events.append)
-    losses = [e["loss"] for e in events if e["event"] == "step"]
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    """The events of the training below."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def plain(backbone: Backbone, told: list[dict[str, Any]]) -> Trained:
+    """A training that several tests look at."""
+    return train(backbone, colours(), RECIPE, told.append)
+
+
+def test_the_loss_falls_and_only_the_adapter_learns(told: list[dict[str, Any]], plain: Trained, backbone: Backbone) -> None:
+    losses = [e["loss"] for e in told if e["event"] == "step"]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
-    assert backbone._fingerprint() == before
-    assert trained.shape is not None and set(trained.tensors) == set(trained.shape.layout())
+    assert backbone._fingerprint() == backbone.fingerprint
+    assert plain.shape is not None and set(plain.tensors) == set(plain.shape.layout())
     start = RECIPE.shape(backbone.dims).initial(RECIPE.seed, start=RECIPE.start)
-    assert all(not torch.equal(trained.tensors[name], start[name]) for name in start), "every tensor gets a gradient"
+    assert all(not torch.equal(plain.tensors[name], start[name]) for name in start), "every tensor gets a gradient"
 
 
-def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(backbone: Backbone) -> None:
-    trained = train(backbone, colours(), RECIPE, quiet)
-    curve = trained.metrics["curve"]
+def test_the_first_validation_is_the_frozen_backbone_and_the_best_one_is_kept(plain: Trained) -> None:
+    curve = plain.metrics["curve"]
     assert [point["step"] for point in curve] == [0, 15, 30]
-    assert trained.metrics["before"]["text_to_video"] == curve[0]["text_to_video"]
+    assert plain.metrics["before"]["text_to_video"] == curve[0]["text_to_video"]
     best = min(curve[1:], key=lambda point: point["log_rank"])
-    assert trained.metrics["after"]["text_to_video"] == best["text_to_video"]
-    assert not set(trained.metrics["data"]["validation_videos"]) & {"nothing"}
+    assert plain.metrics["after"]["text_to_video"] == best["text_to_video"]
+    assert not set(plain.metrics["data"]["validation_videos"]) & {"nothing"}
 
 
-def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(backbone: Backbone, tmp_path: Path) -> None:
-    first = train(backbone, colours(), RECIPE, quiet)
-    _, adapter = first.on(backbone)
+def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(
+    plain: Trained, backbone: Backbone, tmp_path: Path
+) -> None:
+    _, adapter = plain.on(backbone)
     assert adapter is not None
-    over_nothing = first.metrics["after"]["text_to_video"]["R@1"] - first.metrics["before"]["text_to_video"]["R@1"]
-    assert first.metrics["gain"]["mean"] == pytest.approx(over_nothing, abs=0.02)
+    over_nothing = plain.metrics["after"]["text_to_video"]["R@1"] - plain.metrics["before"]["text_to_video"]["R@1"]
+    assert plain.metrics["gain"]["mean"] == pytest.approx(over_nothing, abs=0.02)
     with pytest.raises(Stopped):
         train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path, stop=lambda: True)
     second = train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path)
-    assert second.metrics["in_use"] == {"digest": "a" * 64, **first.metrics["after"]}
+    assert second.metrics["in_use"] == {"digest": "a" * 64, **plain.metrics["after"]}
     nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert second.metrics["gain"] == second.metrics["rank_gain"] == nothing, "the same seed, the same adapter"
 
