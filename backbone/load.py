@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import os
+import re
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, hf_hub_download
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from backbone.hub import hub, place, reason
 from backbone.model import Backbone
+from backbone.tokenizer import FILES, FolderTokenizer
 from backbone.towers import UnsupportedBackbone
 
 BUILTIN = "builtin"
 RANDOM = "random"
-HUB_SECONDS = 5.0  # for the hub's first answer; its client alone would try for 70
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class BackboneNotFound(ValueError):
@@ -36,11 +37,14 @@ def load_backbone(
     device: torch.device | str = "cpu",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
 ) -> Backbone:
     """A frozen backbone on `device`, whose blocks compute in `dtype`.
 
     `name` is `builtin` or an open_clip architecture (`ViT-B-32`); `pretrained` is one of its tags (`openai`), a local
-    file (safetensors, or a checkpoint that loads with `weights_only=True`), or `random` for weights drawn from `seed`.
+    file (safetensors, or a checkpoint that loads with `weights_only=True`), a repository of the hub (`owner/name`), or
+    `random` for weights drawn from `seed`. `tokenizer` is the folder of a tokenizer that does not come with open_clip; by
+    default POLYCLIP_TOKENIZER, else the file's own folder, else the hub.
     Raises BackboneNotFound or UnsupportedBackbone with a one-line reason.
     """
     if name == BUILTIN:
@@ -50,74 +54,127 @@ def load_backbone(
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
-    tokenizer = _tokenizer(name)
-    model = _create(name, pretrained, seed)
-    config = _pictures(name, pretrained, model)
+    words = _tokenizer(name, pretrained, tokenizer)
+    model, config = _create(name, pretrained, seed)
     try:
-        return Backbone(name, model, tokenizer, device=device, dtype=dtype, **config)
+        return Backbone(name, model, words, device=device, dtype=dtype, **config)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedBackbone(f"{name} needs more memory than {device} has: take a smaller one") from error
     except ValueError as error:
         raise UnsupportedBackbone(str(error)) from error
 
 
-def _pictures(name: str, pretrained: str, model: torch.nn.Module) -> dict[str, Any]:
-    """How pictures are resized and normalised for these weights.
-
-    A file does not tell: it is taken to be like the published weights of its architecture where these agree with each
-    other, else like open_clip's own default.
-    """
-    keys = ("mean", "std", "resize_mode", "interpolation")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    told = [open_clip.get_pretrained_cfg(name, tag) for tag in ([pretrained] if pretrained in tags else tags)]
-    own = open_clip.get_model_preprocess_cfg(model)
-    config = own if not told or any(one[key] != told[0][key] for one in told for key in keys) else told[0]
-    return {key: tuple(config[key]) if key in ("mean", "std") else config[key] for key in keys}
-
-
-def _tokenizer(name: str) -> Any:
-    source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+def _tokenizer(name: str, pretrained: str, folder: Path | None) -> Any:
+    text = open_clip.get_model_config(name)["text_cfg"]
+    source = text.get("hf_tokenizer_name")
+    if source is None:
+        return open_clip.get_tokenizer(name)
+    options = text.get("tokenizer_kwargs", {})
+    readable = "hf_model_name" not in text and options.keys() <= {"clean"}
+    folder = folder or _folder(pretrained)
+    if readable and folder is not None:
+        try:
+            return FolderTokenizer(folder, text["context_length"], text["vocab_size"], **options)
+        except (ValueError, OSError) as error:
+            raise BackboneNotFound(f"{folder} holds no tokenizer of {name}: {_line(error)}") from error
     try:
-        if source is None:
-            return open_clip.get_tokenizer(name)
-        with _hub():
-            return open_clip.get_tokenizer(name)
+        with hub():
+            if not readable:
+                return open_clip.get_tokenizer(name)
+            folder, _ = (Path(hf_hub_download(source, file)).parent for file in FILES)
+            return FolderTokenizer(folder, text["context_length"], text["vocab_size"], **options)
     except ModuleNotFoundError as error:
         raise _lacks(name, error) from error
-    except Exception as error:  # what transformers raises without a network is not documented
-        place = f"{constants.ENDPOINT}/{source}"
-        raise BackboneNotFound(f"the tokenizer of {name} could not be had from {place} ({_reason(error)})") from error
+    except Exception as error:  # what the hub's client raises without a network is not documented
+        raise BackboneNotFound(
+            f"the tokenizer of {name} could not be had from {constants.ENDPOINT}/{source} ({reason(error)}):"
+            f" without a network, name a folder with its {' and '.join(FILES)} in POLYCLIP_TOKENIZER"
+        ) from error
 
 
-def _create(name: str, pretrained: str, seed: int) -> torch.nn.Module:
+def _folder(pretrained: str) -> Path | None:
+    """Where a tokenizer lies on this machine: in POLYCLIP_TOKENIZER, or beside the weights."""
+    if told := os.environ.get("POLYCLIP_TOKENIZER"):
+        return Path(told)
+    beside = Path(pretrained).parent
+    return beside if Path(pretrained).is_file() and (beside / FILES[0]).is_file() else None
+
+
+def _create(name: str, pretrained: str, seed: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model, and how its pictures are resized and normalised."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    published = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
     if pretrained == RANDOM:
         try:
             with torch.random.fork_rng(devices=[]), _quiet():
                 torch.manual_seed(seed)
-                return open_clip.create_model(name)  # type: ignore[no-any-return]
+                model = open_clip.create_model(name)
         except ModuleNotFoundError as error:
             raise _lacks(name, error) from error
-    if pretrained in open_clip.list_pretrained_tags_by_model(name):
-        found = open_clip.get_pretrained_cfg(name, pretrained)
-        # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
-        quick_gelu = bool(found.get("quick_gelu"))
-        try:
-            with _hub(), _quiet():
-                return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
-        except ModuleNotFoundError as error:
-            raise _lacks(name, error) from error
-        except Exception as error:  # what the hub's client raises without a network is not documented
-            fitting = f"{name}-quickgelu"
-            fitting = fitting if quick_gelu and fitting in open_clip.list_models() else name
-            raise BackboneNotFound(
-                f"the weights {pretrained!r} of {name} could not be downloaded from {_place(found)} ({_reason(error)}):"
-                f" without a network, give a file: --backbone {fitting} --pretrained FILE"
-            ) from error
-    if not Path(pretrained).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise BackboneNotFound(f"{name} has no weights {pretrained!r}: neither a file nor one of its tags ({tags})")
+    elif pretrained in tags:
+        published = [open_clip.get_pretrained_cfg(name, pretrained)]
+        model = _downloaded(name, pretrained, published[0])
+    elif Path(pretrained).is_file():
+        model = _loaded(name, pretrained)
+    elif REPOSITORY.fullmatch(pretrained):
+        file, config = _repository(name, pretrained)
+        published = [config["preprocess_cfg"]] if "preprocess_cfg" in config else published
+        model = _loaded(name, file, bool(config["model_cfg"].get("quick_gelu")))
+    else:
+        raise BackboneNotFound(
+            f"{name} has no weights {pretrained!r}: neither a file nor one of its tags ({', '.join(tags)}),"
+            " nor a repository of the hub (owner/name)"
+        )
+    return model, _pictures(model, published)
+
+
+def _pictures(model: torch.nn.Module, published: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file does not tell: it is taken to be like the published weights of its architecture where these agree with each
+    other, else like open_clip's own default.
+    """
+    keys = ("mean", "std", "resize_mode", "interpolation")
+    own = open_clip.get_model_preprocess_cfg(model)
+    told = [{key: one.get(key, own[key]) for key in keys} for one in published]
+    config = told[0] if told and all(one == told[0] for one in told) else own
+    return {key: tuple(config[key]) if key in ("mean", "std") else config[key] for key in keys}
+
+
+def _downloaded(name: str, tag: str, found: dict[str, Any]) -> torch.nn.Module:
+    # OpenAI's weights (and some others) were trained with quick GELU; the plain name alone computes with GELU.
+    quick_gelu = bool(found.get("quick_gelu"))
     try:
-        return open_clip.create_model(name, pretrained=pretrained, weights_only=True)  # type: ignore[no-any-return]
+        with hub(), _quiet():
+            return open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise _lacks(name, error) from error
+    except Exception as error:  # what the hub's client raises without a network is not documented
+        fitting = f"{name}-quickgelu"
+        fitting = fitting if quick_gelu and fitting in open_clip.list_models() else name
+        raise BackboneNotFound(
+            f"the weights {tag!r} of {name} could not be downloaded from {place(found)} ({reason(error)}):"
+            f" without a network, give a file: --backbone {fitting} --pretrained FILE"
+        ) from error
+
+
+def _repository(name: str, repository: str) -> tuple[str, dict[str, Any]]:
+    """The weights file of a repository, and its `open_clip_config.json`."""
+    try:
+        with hub():
+            config = json.loads(Path(hf_hub_download(repository, "open_clip_config.json")).read_text())
+            return hf_hub_download(repository, "open_clip_model.safetensors"), {"model_cfg": {}} | config
+    except Exception as error:  # what the hub's client raises is not documented
+        raise BackboneNotFound(
+            f"the weights of {name} could not be downloaded from {constants.ENDPOINT}/{repository} ({reason(error)}):"
+            f" without a network, give a file: --backbone {name} --pretrained FILE"
+        ) from error
+
+
+def _loaded(name: str, file: str, quick_gelu: bool = False) -> torch.nn.Module:
+    try:
+        with _quiet():
+            return open_clip.create_model(name, pretrained=file, weights_only=True, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
     except Exception as error:  # what torch and safetensors raise on a foreign file is not documented
-        raise BackboneNotFound(f"{pretrained} does not hold weights of {name}: {str(error).splitlines()[0]}") from error
+        raise BackboneNotFound(f"{file} does not hold weights of {name}: {_line(error)}") from error
 
 
 def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: torch.dtype) -> Backbone:
@@ -142,55 +199,12 @@ def _load_builtin(device: torch.device | str, pretrained: str | None, dtype: tor
     return Backbone(BUILTIN, model, tokenizer, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, device, dtype)
 
 
-@contextmanager
-def _hub() -> Iterator[None]:
-    """Inside, the hub's client uses only its cache if the hub does not answer within HUB_SECONDS.
-
-    Raises ConnectionError for what then fails without the hub.
-    """
-    answered = threading.Event()
-
-    def ask() -> None:
-        with suppress(Exception):
-            if get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code < 500:
-                answered.set()
-
-    before = constants.HF_HUB_OFFLINE
-    if not before:
-        asking = threading.Thread(target=ask, daemon=True)  # the look-up of a name has no time-out of its own
-        asking.start()
-        asking.join(HUB_SECONDS)
-    away = not before and not answered.is_set()
-    constants.HF_HUB_OFFLINE = before or away
-    try:
-        yield
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        if away:
-            raise ConnectionError(f"{constants.ENDPOINT} does not answer") from error
-        raise
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _place(found: dict[str, Any]) -> str:
-    """Where open_clip takes these weights from."""
-    if "hf_hub" not in found:
-        return str(found["url"])
-    repository, _, file = found["hf_hub"].rpartition("/")
-    return f"{constants.ENDPOINT}/{repository}/resolve/main/{file or 'open_clip_model.safetensors'}"
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one short line."""
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return f"{' '.join(str(error).split()) or type(error).__name__:.160}"
-
-
 def _lacks(name: str, error: ModuleNotFoundError) -> BackboneNotFound:
     return BackboneNotFound(f"{name} needs the package {error.name}: `pip install {error.name}`")
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _quiet:

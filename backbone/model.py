@@ -123,10 +123,11 @@ class Backbone:
         """
         length = min(words or self.context_length, self.context_length)
         ids: Tensor = self._tokenizer(list(texts), context_length=length)
-        room = length - 2  # the start and end tokens
-        full = ids[:, -1] != 0
+        room = length - getattr(self._tokenizer, "specials", 2)  # the start and end tokens
+        pad = getattr(self._tokenizer, "pad", 0)
+        full = ids[:, -1] != 0  # where 0 fills up
         truncated = tuple(bool(full[i]) and len(self._tokenizer.encode(text)) > room for i, text in enumerate(texts))
-        return Tokens(ids if self.causal else F.pad(ids, (0, self.context_length - length)), truncated)
+        return Tokens(ids if self.causal else F.pad(ids, (0, self.context_length - length), value=pad), truncated)
 
     def trim(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) cut after the end of the longest text: attention is causal, what follows changes nothing."""

@@ -32,7 +32,13 @@ class Settings(BaseSettings):
     wrong_keys: int = Field(100, ge=1, description="Unknown keys that an address may send in a minute before it must wait.")
     event_streams: int = Field(20, ge=1, description="Streams of task events that one key may hold open in one process.")
     backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
-    pretrained: str | None = Field(None, description="Weights of that model: a tag, a file, or `random`.")
+    pretrained: str | None = Field(
+        None, description="Weights of that model: a tag, a file, a repository of the hub, or `random`."
+    )
+    tokenizer: Path | None = Field(
+        None,
+        description="Folder of its tokenizer, where that does not come with open_clip; default: beside the file, or the hub.",
+    )
     device: str | None = Field(None, description="`cpu` or `cuda`; default: cuda where there is one.")
     precision: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="What the backbone computes in; default: float32 on a CPU, float16 on a GPU."

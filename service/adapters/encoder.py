@@ -92,7 +92,10 @@ class Encoder:
         if self.storage.settings.threads is not None:
             torch.set_num_threads(self.storage.settings.threads)
         choice = self.choice
-        backbone = threads.apart(lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype))
+        tokenizer = self.storage.settings.tokenizer
+        backbone = threads.apart(
+            lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype, tokenizer=tokenizer)
+        )
         pretrained = choice.pretrained
         if pretrained is not None and Path(pretrained).is_file():
             pretrained = str(Path(pretrained).absolute())

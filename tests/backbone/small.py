@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -9,9 +11,15 @@ import open_clip
 import timm
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from backbone import Backbone
 
+WORDS = ("<pad>", "<eos>", "<bos>", "<unk>", "a", "red", "ball")
+CONFIG = {"add_bos_token": False, "add_eos_token": True, "pad_token": "<pad>", "eos_token": {"content": "<eos>"}}
 NAMES = (
     "PE-Core-T-16-384",
     "EVA02-B-16",
@@ -44,3 +52,13 @@ def small(name: str) -> Backbone:
         model = CustomTextCLIP(48 if siglip else 24, vision, CLIPTextCfg(**text))
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     return Backbone(name, shaken(model), tokenizer, (0.5,) * 3, (0.5,) * 3)
+
+
+def tokenizer_in(folder: Path, **config: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG | config))
+    return folder

@@ -196,7 +196,7 @@ def test_without_the_hub_one_line_tells_which_file_and_no_second_try_is_made(tmp
     )
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "roberta-ViT-B-32"])
+@pytest.mark.parametrize("name", ["ViT-L-14-CLIPA", "roberta-ViT-B-32"])
 def test_a_package_that_a_backbone_needs_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(BackboneNotFound, match=f"^{name} needs the package transformers: `pip install transformers`$"):
@@ -208,6 +208,10 @@ def test_a_tokenizer_that_cannot_be_had_is_told_in_one_line(monkeypatch: pytest.
         raise OSError("We couldn't connect to the hub to load the files.\nCheck your connection.")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("backbone.load.open_clip.get_tokenizer", offline)
-    with pytest.raises(BackboneNotFound, match=r"^the tokenizer of ViT-B-16-SigLIP could not be had from https://.+ \(.+\)$"):
-        load_backbone("ViT-B-16-SigLIP", "random")
+    monkeypatch.setattr("backbone.load.hf_hub_download", offline)
+    told = (
+        r"^the tokenizer of ViT-B-16-SigLIP2 could not be had from https://.+/timm/ViT-B-16-SigLIP2 \(.+\): without a network,"
+        r" name a folder with its tokenizer.json and tokenizer_config.json in POLYCLIP_TOKENIZER$"
+    )
+    with pytest.raises(BackboneNotFound, match=told):
+        load_backbone("ViT-B-16-SigLIP2", "random")

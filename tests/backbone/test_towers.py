@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from small import NAMES, shaken, small
+from small import NAMES, shaken, small, tokenizer_in
 from torch import Tensor
 
 from backbone import Adapter, AdapterShape, AdapterStack, Backbone, FlatAdapter, Form, Graphs, Slots, load_backbone, to_pixels
 
 TEXTS = ["ball", "a red ball and two blue boxes on the left of a snowy field", "", "snow " * 70, "two boxes"]
-WHOLE = ("PE-Core-T-16-384", "PE-Core-S-16-384", "PE-Core-B-16", "ViT-L-14", "ViT-B-32-256", "EVA02-B-16")
+WHOLE = ("PE-Core-T-16-384", "PE-Core-S-16-384", "PE-Core-B-16", "ViT-L-14", "ViT-B-32-256", "EVA02-B-16", "ViT-B-16-SigLIP2")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -57,8 +58,8 @@ def test_without_adapter_the_outputs_are_open_clips_own(backbone: Backbone) -> N
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_whole_architectures_equal_open_clips(name: str) -> None:
-    whole = load_backbone(name, "random")
+def test_the_whole_architectures_equal_open_clips(name: str, tmp_path: Path) -> None:
+    whole = load_backbone(name, "random", tokenizer=tokenizer_in(tmp_path) if "SigLIP" in name else None)
     shaken(whole._model)
     equals_open_clip(whole)
 
