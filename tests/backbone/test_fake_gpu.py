@@ -2,8 +2,7 @@
 values. Whatever would read one on the host, or mix devices, raises; what would copy between them is told."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import AdapterStack, Backbone, Graphs, load_backbone
-from backbone.stack import StackedTower
 
 CUDA = torch.device("cuda", 0)
 
@@ -50,13 +48,13 @@ def real(request: pytest.FixtureRequest) -> Backbone:
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def there(request: pytest.FixtureRequest, real: Backbone, fake: FakeTensorMode) -> tuple[Backbone, Callable[..., StackedTower]]:
-    """The backbone on the device that is not there, and `AdapterStack.whole` of a stack there."""
+def there(request: pytest.FixtureRequest, real: Backbone, fake: FakeTensorMode) -> tuple[Backbone, AdapterStack]:
+    """The backbone and a stack on the device that is not there."""
     twin = copy.copy(real)
     twin.device = CUDA
     twin._take(copy.deepcopy(real._model))
     twin._compute_in(request.param)
-    stack = AdapterStack(real.dims, 4, 8, dtype=request.param)
+    stack = AdapterStack(real.dims, 4, 8, dtype=request.param, words=20, tokens=real.tokens)
     with fake:
         for module in twin._model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -66,14 +64,17 @@ def there(request: pytest.FixtureRequest, real: Backbone, fake: FakeTensorMode) 
                         tensors[name] = torch.nn.Parameter(moved, False) if tensors is module._parameters else moved
         twin._shift, twin._scale = (torch.empty(1, 3, 1, 1, device=CUDA) for _ in range(2))
         stack._blocks = {name: torch.empty(b.shape, dtype=b.dtype, device=CUDA) for name, b in stack._blocks.items()}
-    return twin, stack.whole
+        stack._table, stack._places = (
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA) for tensor in (stack._table, stack._places)
+        )
+    return twin, stack
 
 
 @pytest.fixture
-def graphs(real: Backbone, there: tuple[Backbone, Callable[..., StackedTower]]) -> Graphs:
+def graphs(real: Backbone, there: tuple[Backbone, AdapterStack]) -> Graphs:
     """Its buffers without a graph: the forward is called."""
     graphs = Graphs(real, AdapterStack(real.dims, 4, 8), texts=4, frames=2)
-    graphs._backbone, graphs._stack = there[0], SimpleNamespace(whole=there[1])  # type: ignore[assignment]
+    graphs._backbone, graphs._stack = there
     return graphs
 
 
@@ -84,23 +85,19 @@ def watched(fake: FakeTensorMode) -> Iterator[Devices]:
     assert devices.operators > 100
 
 
-def test_texts_are_encoded_without_a_word_from_the_host(
-    there: tuple[Backbone, Callable[..., StackedTower]], watched: Devices
-) -> None:
-    backbone, whole = there
+def test_texts_are_encoded_without_a_word_from_the_host(there: tuple[Backbone, AdapterStack], watched: Devices) -> None:
+    backbone, stack = there
     tokens, slots = (torch.empty(shape, dtype=torch.int64, device=CUDA) for shape in ((3, 16), (3,)))
-    found = backbone.run_text(tokens, whole("text", slots))
+    found = backbone.run_text(tokens, stack.whole("text", slots), offsets=stack.whole_vocabularies(slots))
     assert (found.shape, found.dtype, found.device) == ((3, backbone.embed_dim), torch.float32, CUDA)
     assert watched.between == []
 
 
-def test_frames_are_encoded_without_a_word_from_the_host(
-    there: tuple[Backbone, Callable[..., StackedTower]], watched: Devices
-) -> None:
-    backbone, whole = there
+def test_frames_are_encoded_without_a_word_from_the_host(there: tuple[Backbone, AdapterStack], watched: Devices) -> None:
+    backbone, stack = there
     side = backbone.image_size
     pixels = torch.empty((2, 3, side, side), dtype=torch.uint8, device=CUDA)
-    found = backbone.run_frames(pixels, whole("visual", torch.empty(2, dtype=torch.int64, device=CUDA)))
+    found = backbone.run_frames(pixels, stack.whole("visual", torch.empty(2, dtype=torch.int64, device=CUDA)))
     assert (found.shape, found.dtype, found.device) == ((2, backbone.embed_dim), torch.float32, CUDA)
     assert watched.between == []
 

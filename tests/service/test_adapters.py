@@ -37,7 +37,7 @@ def test_a_trained_adapter_answers_the_searches(trained: Trained) -> None:
     tenant, collection, result, before = trained
     assert result["activated"] is True and result["adapter_id"].startswith("adp_")
     assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result["metrics"]["before"]["text_to_video"])
-    assert set(result["metrics"]) == {"before", "after", "gain"}
+    assert set(result["metrics"]) == {"before", "after", "gain", "rank_gain"}
     pool = tenant.search(collection)["search_pool"]
     assert pool["adapter"] == result["adapter_id"] and pool["generation"] == result["generation_id"]
     assert pool["total_videos"] == 12
@@ -49,7 +49,8 @@ def test_its_manifest_says_where_it_came_from(trained: Trained) -> None:
     listed = tenant.get(f"/collections/{collection}/adapters").json()["data"]
     assert [(a["version"], a["active"]) for a in listed if a["id"] == result["adapter_id"]] == [(1, True)]
     manifest = tenant.get(f"/collections/{collection}/adapters/{result['adapter_id']}").json()["manifest"]
-    assert manifest["recipe"]["steps"] == 4 and manifest["parameters"] == 55_584
+    assert manifest["recipe"]["steps"] == 4 and manifest["parameters"] == 55_584 + 128 * manifest["vocabulary"]
+    assert manifest["vocabulary"] > 0 and manifest["words"], "the words that were learned, as words"
     assert manifest["metrics"]["loss"] and len(manifest["metrics"]["curve"]) == 2
     assert manifest["data"]["train_videos"] + len(manifest["data"]["validation_videos"]) == 12
 
