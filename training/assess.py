@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +10,7 @@ import adapters_store
 from backbone import TEMPERATURE, Adapter, load_backbone
 from training.dataset import InvalidDataset
 from training.evaluation import Evaluation, evaluate
+from training.progress import Tell
 from training.report import write_json, write_report
 from training.source import Source
 
@@ -26,7 +26,7 @@ def assess(
     device: str,
     query_bank: bool,
     report: Path | None,
-    tell: Callable[[dict[str, Any]], None],
+    tell: Tell,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of each system by name: the frozen backbone, the adapter, and each with a query bank of training captions.
 

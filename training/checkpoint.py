@@ -19,7 +19,7 @@ FORMAT = "polyclip-checkpoint/1"
 
 
 @dataclass(slots=True)
-class Progress:
+class State:
     """`step` steps are done. Batches and frames come from the seed and the step's number, so nothing else is needed."""
 
     step: int = 0
@@ -33,7 +33,7 @@ class Progress:
     kept: dict[str, Tensor] = field(default_factory=dict)  # its tensors
 
 
-def save(path: Path, run: str, progress: Progress, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+def save(path: Path, run: str, progress: State, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
     """A full disk or a kill leaves the checkpoint before valid."""
     state = optimiser.state_dict()["state"]
     moments = {f"optimiser.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def restore(path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> Progress | None:
+def restore(path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> State | None:
     """Puts `tensors` and `optimiser` where they stood; None if there is no checkpoint of this run (equal `run`)."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -76,4 +76,4 @@ def restore(path: Path, run: str, tensors: Mapping[str, Tensor], optimiser: torc
             state["state"].setdefault(int(index), {})[key] = value
     optimiser.load_state_dict(state)
     kept = {name.removeprefix("kept."): value for name, value in read.items() if name.startswith("kept.")}
-    return Progress(**facts, kept=kept)
+    return State(**facts, kept=kept)

@@ -30,6 +30,7 @@ from indexer.frames import pack_frames
 from indexer.sandbox import Sandbox
 from training import published
 from training.dataset import SPLITS
+from training.progress import Progress, Tell, unheard
 from training.published import InvalidCorpus, named
 
 LONGEST_VIDEO = 4 * 3600.0  # seconds
@@ -124,11 +125,11 @@ def cache_frames(
     splits: Sequence[str] | None = None,
     workers: int = 2,
     allow_missing: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Tell = unheard,
 ) -> Path:
     """Decodes the videos of `splits` (None: all that the corpus has) into `cache` and returns a JSONL for `load_dataset`.
 
-    A video that is there already is not decoded again; one whose file has changed is. `progress(done, total)` is called
+    A video that is there already is not decoded again; one whose file has changed is. `progress` is told
     after each. Videos that cannot be decoded raise InvalidCorpus at the end, or, with `allow_missing`, are logged and left
     out. Raises OSError (a full disk), after which nothing is half-written and a second call goes on.
     """
@@ -157,8 +158,7 @@ def cache_frames(
                 archives[waiting[future].video] = future.result()
             except DecodeError as error:
                 bad[waiting[future].video] = error.detail.rstrip(".")
-            if progress is not None:
-                progress(done, len(clips))
+            progress(Progress("decoding", done, len(clips)))
     if bad:
         told = named([f"{clip.video!r} ({bad[clip.video]})" for clip in clips if clip.video in bad], str)
         reason = f"{corpus.name}: {len(bad)} of {len(clips)} videos cannot be decoded: {told}"

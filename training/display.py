@@ -9,8 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from training.progress import Progress
 
 errors = Console(stderr=True, highlight=False)
 
@@ -28,7 +31,7 @@ def evidence(done: Mapping[str, Any], queries: int) -> Iterator[str]:
         yield told.format(before, after, gain, **crossed)
 
 
-def print_json(event: dict[str, Any]) -> None:
+def print_json(event: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -44,38 +47,37 @@ class JsonLines:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def report(self, event: dict[str, Any]) -> None:
+    def report(self, progress: Progress) -> None:
         if os.getppid() != self._parent:
             raise SystemExit(1)
         now = time.monotonic()
-        often = event["event"] in ("step", "decoding")
-        if not often or now - self._last > 0.25 or event["step"] == event["steps"]:
+        often = progress.stage in ("step", "decoding")
+        if not often or now - self._last > 0.25 or progress.done == progress.total:
             self._last = now
-            print_json(event)
+            print_json(progress.to_json())
 
 
 class Bar:
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=errors)
-        self._task = self._progress.add_task("training", total=None, note="")
+        self._bar = bars.Progress(*columns, TimeRemainingColumn(), console=errors)
+        self._task = self._bar.add_task("training", total=None, note="")
         self._note = ""
 
     def __enter__(self) -> None:
-        self._progress.start()
+        self._bar.start()
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
-    def report(self, event: dict[str, Any]) -> None:
-        if event["event"] == "validation":
-            recall = event["text_to_video"]
+    def report(self, progress: Progress) -> None:
+        facts = progress.facts
+        if progress.stage == "validation":
+            recall = facts["text_to_video"]
             self._note = f"R@1 {recall['R@1']}"
-            self._progress.console.print(f"step {event['step']}: R@1 {recall['R@1']}, R@5 {recall['R@5']}")
-        if event["event"] == "resumed":
-            self._progress.console.print(f"going on after step {event['step']}")
-        loss = f"loss {event['loss']:.3f} · " if event["event"] == "step" else ""
-        what = {"decoding": "decoding", "cross_validation": "cross-validation"}.get(event["event"], "training")
-        self._progress.update(
-            self._task, description=what, completed=event["step"], total=event["steps"], note=loss + self._note
-        )
+            self._bar.console.print(f"step {progress.done}: R@1 {recall['R@1']}, R@5 {recall['R@5']}")
+        if progress.stage == "resumed":
+            self._bar.console.print(f"going on after step {progress.done}")
+        note = (f"loss {facts['loss']:.3f} · " if progress.stage == "step" else "") + self._note
+        what = {"decoding": "decoding", "cross_validation": "cross-validation"}.get(progress.stage, "training")
+        self._bar.update(self._task, description=what, completed=progress.done, total=progress.total, note=note)

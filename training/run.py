@@ -24,6 +24,7 @@ from backbone import Backbone, load_backbone
 from training.checkpoint import write_tensors
 from training.dataset import Dataset, InvalidDataset
 from training.evaluation import evaluate
+from training.progress import Progress, Tell, unheard
 from training.ranks import Ranks
 from training.recipe import Recipe
 from training.report import write_json, write_report
@@ -46,7 +47,7 @@ def run(
     recipe_fields: dict[str, Any],
     parent: Path | None,
     device: str | None,
-    report: Any,
+    report: Tell,
     test: bool = False,
     html: Path | None = None,
     tensorboard: Path | None = None,
@@ -206,10 +207,10 @@ def _stop_signals() -> Iterator[Any]:
 
 
 @contextmanager
-def _logged(report: Any, folder: Path | None, first: bool) -> Iterator[Any]:
+def _logged(report: Tell, folder: Path | None, first: bool) -> Iterator[Tell]:
     """`report`, on the first rank alone, and the same numbers for TensorBoard where a folder is given."""
     if not first:
-        yield lambda event: None
+        yield unheard
         return
     if folder is None:
         yield report
@@ -218,14 +219,14 @@ def _logged(report: Any, folder: Path | None, first: bool) -> Iterator[Any]:
 
     with SummaryWriter(str(folder)) as writer:
 
-        def tell(event: dict[str, Any]) -> None:
-            report(event)
-            if event["event"] == "step":
-                writer.add_scalar("loss", event["loss"], event["step"])
-                writer.add_scalar("learning rate", event["lr"], event["step"])
-            if event["event"] == "validation":
+        def tell(progress: Progress) -> None:
+            report(progress)
+            if progress.stage == "step":
+                writer.add_scalar("loss", progress.facts["loss"], progress.done)
+                writer.add_scalar("learning rate", progress.facts["lr"], progress.done)
+            if progress.stage == "validation":
                 for direction in ("text_to_video", "video_to_text"):
                     for metric in ("R@1", "R@5", "R@10", "MdR", "MnR"):
-                        writer.add_scalar(f"{direction}/{metric}", event[direction][metric], event["step"])
+                        writer.add_scalar(f"{direction}/{metric}", progress.facts[direction][metric], progress.done)
 
         yield tell

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from backbone import Form
 from training.corpora import Corpus, cache_frames, load_corpus
 from training.dataset import CACHED_FRAMES, Dataset, load_dataset
+from training.progress import Tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Source:
         corpus: Corpus | None,
         scratch: Path,
         form: Form | int,
-        report: Callable[[dict[str, Any]], None],
+        report: Tell,
         decode: bool = True,
     ) -> Dataset:
         """The captioned videos with their pixels; a published data set's videos are decoded once, into its cache.
@@ -54,7 +53,7 @@ class Source:
                 self.cache or (self.root if self.root.is_dir() else self.root.parent) / "frames",
                 workers=os.cpu_count() or 1,
                 allow_missing=self.allow_missing,
-                progress=lambda done, total: report({"event": "decoding", "step": done, "steps": total}),
+                progress=report,
             )
             shutil.copyfile(written, listing)
         return load_dataset(listing, scratch, form, corpus.frames, decode)

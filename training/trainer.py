@@ -16,11 +16,12 @@ from torch import Tensor
 
 from backbone import Adapter, AdapterShape, Backbone
 from training import checkpoint
-from training.checkpoint import Progress
+from training.checkpoint import State
 from training.dataset import Dataset, InvalidDataset, Split, hash_of
 from training.evaluation import evaluate, hits_at_1, log_ranks, paired_gain
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
+from training.progress import Progress, Tell, unheard
 from training.ranks import ALONE, Ranks
 from training.recipe import Recipe
 from training.step import Learner, backward
@@ -29,7 +30,6 @@ from training.vocabulary import Plan, moved, plan, words_of
 if TYPE_CHECKING:
     from adapters_store import Artifact
 
-Report = Callable[[dict[str, Any]], None]
 CHECKPOINTS = 50  # at most, of a run whose epochs are short
 MINIMUM_QUERIES = 30  # held-out captions below which a difference of recall says nothing
 EVIDENCE = ("steps", "timed_out", "not_enough_evidence", "cross_validation")  # what must be known to read the metrics
@@ -90,7 +90,7 @@ def train(
     backbone: Backbone,
     dataset: Dataset,
     recipe: Recipe,
-    report: Report,
+    report: Tell,
     start: Artifact | None = None,
     rival: Rival | None = None,
     *,
@@ -104,8 +104,8 @@ def train(
     """Trains by the symmetric contrastive loss over text-conditioned similarity (Jiang et al. 2022, section 3).
 
     `start`, an adapter of the same shape but for its vocabulary, is continued instead of a fresh one. `rival` is validated
-    too, and the gain told is over it instead of over the frozen backbone. `report` gets one dict an event:
-    `{"event": "step" | "validation" | "resumed", …}`. With `folder`, the run keeps a checkpoint there and goes on from
+    too, and the gain told is over it instead of over the frozen backbone. `report` is told the stages
+    `step`, `validation` and `resumed`. With `folder`, the run keeps a checkpoint there and goes on from
     one that it finds; with `scratch`, what the frozen layers make of the data is cached there. `stop` is asked after
     each step. After `seconds` of steps, earlier starts included, the run ends with the best that it has. Where too few
     captions are held out, `folds` short trainings tell more (`cross_validate`; 0: none).
@@ -154,7 +154,7 @@ def train(
         found, hits, ranks = measure(learner.backbone, learner.adapter() if step else None)
         point = {"step": step, **found}
         done.curve.append(point)
-        report({"event": "validation", "steps": steps, **point})
+        report(Progress("validation", step, steps, found))
         if not step:
             done.hits["before"], done.log_ranks["before"] = hits, ranks
         elif not done.best or _quality(point) > _quality(done.best):
@@ -166,9 +166,9 @@ def train(
             checkpoint.save(path, run, done, learner.tensors, optimiser)
 
     resumed = checkpoint.restore(path, run, learner.tensors, optimiser) if path is not None else None
-    done = resumed or Progress()
+    done = resumed or State()
     if resumed is not None:
-        report({"event": "resumed", "step": done.step, "steps": steps})
+        report(Progress("resumed", done.step, steps))
     elif ranks.first:
         validate(0)  # the frozen backbone: zero-shot
         if rival is not None:
@@ -190,7 +190,7 @@ def train(
         done.losses.append(round(loss, 6))
         if ranks.first:
             rate = optimiser.param_groups[0]["lr"]
-            report({"event": "step", "step": step, "steps": steps, "work": work, "loss": done.losses[-1], "lr": rate})
+            report(Progress("step", step, steps, {"work": work, "loss": done.losses[-1], "lr": rate}))
             if step in validations or timed_out:
                 validate(step)
         ranks.wait()
@@ -227,7 +227,7 @@ def cross_validate(
     dataset: Dataset,
     recipe: Recipe,
     steps: int,
-    report: Report,
+    report: Tell,
     folds: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
@@ -245,12 +245,12 @@ def cross_validate(
     short = recipe.model_copy(update={"steps": max(1, steps // folds), "evaluations": 1})
     found: list[tuple[Trained, list[str]]] = []
     for fold in range(folds):
-        report({"event": "cross_validation", "step": fold, "steps": folds})
+        report(Progress("cross_validation", fold, folds))
         held_out = videos[fold::folds]
         sides = dict.fromkeys(videos, "train") | dict.fromkeys(held_out, "validation")
         part = replace(dataset, splits={**dataset.splits, **sides})
         try:
-            trained = train(backbone, part, short, lambda event: None, stop=stop)
+            trained = train(backbone, part, short, unheard, stop=stop)
         except InvalidDataset:
             return None
         found.append((trained, [pair.video for pair in part.split(recipe.validation).validation]))
@@ -296,7 +296,7 @@ def _name_of(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _metrics(done: Progress, split: Split, rival: Rival | None, steps: int) -> dict[str, Any]:
+def _metrics(done: State, split: Split, rival: Rival | None, steps: int) -> dict[str, Any]:
     directions = ("text_to_video", "video_to_text")
     losses = list(enumerate(done.losses, start=1))
     metrics: dict[str, Any] = {

@@ -25,13 +25,13 @@ from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.videos import index, video_rows
 from service.videos.decoders import Decoders
+from training.progress import Progress, Tell
 
 CHUNK = 8  # videos that are stored in one transaction
 READERS = 4  # videos of a chunk whose frames are read at once: the batcher mixes them
 CHUNKS_AT_ONCE = 2  # one is written while the other is embedded
 
-Progress = Callable[[int, int], None]  # (done, total) videos; may raise to stop
-Spread = Callable[[Generation, Sequence[Sequence[str]], Progress], None]
+Spread = Callable[[Generation, Sequence[Sequence[str]], Tell], None]
 
 
 class Superseded(RuntimeError):
@@ -53,7 +53,7 @@ def activate(
     tenant: str,
     collection_id: str,
     adapter_id: str | None,
-    progress: Progress,
+    progress: Tell,
     spread: Spread | None = None,
     asked: str | None = None,
 ) -> Activation:
@@ -72,11 +72,11 @@ def activate(
             if not missing:
                 return Activation(generation, embedded)
             before, total = embedded, embedded + len(missing)
-            progress(before, total)
+            progress(_embedding(before, total))
             chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
 
-            def tell(done: int, _: int, before: int = before, total: int = total) -> None:
-                progress(before + done, total)
+            def tell(part: Progress, before: int = before, total: int = total) -> None:
+                progress(_embedding(before + int(part.done), total))
 
             spread(generation, chunks, tell)
             embedded = total
@@ -88,13 +88,17 @@ def activate(
         raise
 
 
+def _embedding(done: int, total: int) -> Progress:
+    return Progress(f"embedding the missing videos: {done} of {total}", done, total)
+
+
 def activate_adapter(
     storage: Storage,
     encoder: Encoder,
     decoders: Decoders,
     tenant: str,
     task: Task,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Activates an adapter, or the frozen backbone, as a task asks; returns its result."""
@@ -112,17 +116,13 @@ def activate_and_tell(
     tenant: str,
     collection_id: str,
     adapter_id: str | None,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     spread: Spread | None,
     asked: str,
 ) -> dict[str, Any]:
-    """`activate` with a task's progress: what came of it, for the task's result."""
-
-    def tell(done: int, total: int) -> None:
-        progress(done / total, f"embedding the missing videos: {done} of {total}")
-
+    """`activate`: what came of it, for the task's result."""
     try:
-        active = activate(storage, encoder, decoders, tenant, collection_id, adapter_id, tell, spread, asked)
+        active = activate(storage, encoder, decoders, tenant, collection_id, adapter_id, progress, spread, asked)
     except Superseded as error:
         return {"activated": False, "reason": str(error)}
     return {"activated": True, "generation_id": active.generation.id, "embedded": active.embedded}
@@ -204,7 +204,7 @@ def _spread(
     tenant: str,
     generation: Generation,
     chunks: Sequence[Sequence[str]],
-    progress: Progress,
+    progress: Tell,
 ) -> None:
     """In this process, on a few threads."""
     done, total = 0, sum(len(chunk) for chunk in chunks)
@@ -219,6 +219,6 @@ def _spread(
             for future in as_completed(running):
                 future.result()
                 done += running[future]
-                progress(done, total)
+                progress(_embedding(done, total))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

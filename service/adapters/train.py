@@ -26,11 +26,12 @@ from service.storage.storage import Storage
 from service.storage.tables import now
 from service.videos import video_rows
 from service.videos.decoders import Decoders
+from training.progress import Tell
 from training.recipe import InvalidRecipe, Recipe
 from training.trainer import EVIDENCE, MINIMUM_QUERIES
 
 MINIMUM_VIDEOS = 10
-TRAINING, BUILDING = 0.8, 0.2  # shares of a task's progress
+TRAINING = 0.8  # of a task's progress; the rest is the building of a generation
 
 
 class TooFewCaptions(PolyclipError):
@@ -67,7 +68,7 @@ def train_adapter(
     trainers: Trainers,
     tenant: str,
     task: Task,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     spread: Spread | None = None,
     waited_for: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -96,10 +97,7 @@ def train_adapter(
         activated, reason = False, "another adapter came into use while this one was trained: they have not been compared"
     if not activated:
         return {**result, "activated": False, "reason": reason}
-
-    def tell(share: float, message: str) -> None:
-        progress(TRAINING + BUILDING * share, message)
-
+    tell: Tell = lambda part: progress(part.within(TRAINING, 1))  # noqa: E731
     done = activate_and_tell(
         storage, encoder, decoders, tenant, collection_id, version.id, tell, spread, asked=made["trained_at"]
     )
@@ -112,7 +110,7 @@ def _trained(
     trainers: Trainers,
     tenant: str,
     task: Task,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     waited_for: Callable[[], bool],
 ) -> dict[str, Any]:
     """Trains and publishes; notes in the task's row what came of it, which names the version from then on."""
@@ -172,7 +170,7 @@ def _train(
     collection_id: str,
     recipe: Mapping[str, Any],
     out: Path,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     waited_for: Callable[[], bool],
 ) -> None:
     limit, turn = storage.settings.training_seconds, storage.settings.training_turn_seconds
@@ -186,10 +184,7 @@ def _train(
             command += ["--rival", str(rival)]
         if encoder.choice.pretrained is not None:
             command += ["--pretrained", encoder.choice.pretrained]
-
-        def tell(share: float, note: str) -> None:
-            progress(TRAINING * share, note)
-
+        tell: Tell = lambda part: progress(part.within(0, TRAINING))  # noqa: E731
         trainer.run(command, collection_id, trainers, limit, turn, tell, waited_for)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
@@ -21,6 +22,7 @@ import structlog
 from service.errors import ERRNO
 from service.jobs.kinds import JobFailed, TurnOver
 from service.jobs.supervisor import without_root_key
+from training.progress import Progress, Tell
 
 Trainers = set[subprocess.Popen[str]]  # training processes that are children of this one
 
@@ -54,12 +56,12 @@ def run(
     trainers: Trainers,
     limit: float,
     turn: float,
-    progress: Callable[[float, str], None],
+    progress: Tell,
     waited_for: Callable[[], bool],
 ) -> None:
     """Runs a training to its end; the child is one of `trainers` meanwhile. `limit`, `turn` in seconds.
 
-    `progress` is told the share of the work that is done; what it raises ends the child. After its turn, where another tenant's
+    What `progress` raises ends the child. After its turn, where another tenant's
     training is `waited_for`, the child stops at a checkpoint, and TurnOver is raised. Raises TrainingFailed.
     """
     child = subprocess.Popen(
@@ -85,7 +87,7 @@ def run(
         log.info("training_process_started", pid=child.pid)
         killed = _killed_for_memory()
         _first_to_be_killed(child)
-        share, note, recall = 0.0, "preparing", ""
+        now, recall = Progress("preparing", 0, 1), ""
         started, stepping, asked = time.monotonic(), math.inf, False
         for line in _lines(child.stdout):
             clock = time.monotonic()
@@ -95,29 +97,33 @@ def run(
                 asked = True
                 child.terminate()  # it stops after a checkpoint
             if line is None:
-                progress(share, note)
+                progress(now)
                 continue
             event = json.loads(line)
             if event["event"] == "error" and event["code"] == "stopped" and asked:
                 raise TurnOver(event["detail"])
             if event["event"] == "error":
                 raise _failure(event["code"], event["detail"])
-            if event["event"] == "resumed":
-                log.info("training_resumed", collection=collection_id, step=event["step"])
-            if event["event"] == "validation":
-                recall = f", validation R@1 {event['text_to_video']['R@1']:g}"
-                log.info("training_validation", step=event["step"], recall_at_1=event["text_to_video"]["R@1"])
-            if event["event"] == "step":
-                stepping = min(stepping, clock)
-                share = event["step"] / event["work"]
-            if event["event"] == "cross_validation":
+            if event["event"] == "done":
+                continue
+            told = Progress.of(event)
+            if told.stage == "resumed":
+                log.info("training_resumed", collection=collection_id, step=told.done)
+                continue
+            if told.stage == "cross_validation":
                 stepping = math.inf  # what it has done it would do anew
-                share = (1 + event["step"] / event["steps"]) / 2
-                note = f"cross-validation: part {event['step'] + 1} of {event['steps']}{recall}"
-                progress(share, note)
-            if event["event"] in ("step", "validation"):
-                note = f"step {event['step']} of {event['steps']}{recall}"
-                progress(share, note)
+                note = f"cross-validation: part {told.done + 1} of {told.total}{recall}"
+                now = replace(told, stage=note).within(0.5, 1)
+            if told.stage == "validation":
+                best = told.facts["text_to_video"]["R@1"]
+                recall = f", validation R@1 {best:g}"
+                log.info("training_validation", step=told.done, recall_at_1=best)
+            if told.stage == "step":
+                stepping = min(stepping, clock)
+                now = replace(told, total=told.facts["work"])
+            if told.stage in ("step", "validation"):
+                now = replace(now, stage=f"step {told.done} of {told.total}{recall}")
+            progress(now)
         if child.wait() == -signal.SIGKILL and _killed_for_memory() > killed:
             raise _failure("out_of_memory", "the system killed it")
         if child.returncode != 0:

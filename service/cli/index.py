@@ -74,7 +74,7 @@ def index_files(
         duplicates, failed, ready, updated = 0, [], 0, 0
         stopping = threading.Event()
 
-        def check(_: float | None = None) -> None:
+        def check(_: object = None) -> None:
             if stopping.is_set():
                 raise _Stopped
 

@@ -32,6 +32,7 @@ from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.storage.tables import now
 from service.storage.tenant_rows import Tenant
+from training.progress import Tell
 from training.source import Source
 
 
@@ -89,7 +90,7 @@ def train_collection(
                 set(),
                 tenant.id,
                 task,
-                lambda share, note: progress.update(bar, completed=share, description=note),
+                lambda now: progress.update(bar, completed=now.share, description=now.stage),
             )
         except BaseException as error:
             _end(parts.storage, task, "failed", error={"code": getattr(error, "code", "interrupted"), "detail": str(error)})
@@ -145,10 +146,7 @@ def evaluate_data_set(
     with Progress(*columns, console=console, disable=not drawn, transient=True) as progress:
         bar = progress.add_task("", total=None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-
-        def tell(event: dict[str, Any]) -> None:
-            progress.update(bar, completed=event["step"], total=event["steps"])
-
+        tell: Tell = lambda now: progress.update(bar, completed=now.done, total=now.total)  # noqa: E731
         return assess(source, split, backbone, pretrained, adapter, device, query_bank, report, tell)
 
 

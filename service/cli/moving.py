@@ -19,11 +19,12 @@ from service.settings import Settings
 from service.storage.storage import Storage
 from service.upkeep import export_collection as exports
 from service.upkeep import import_collection as imports
-from service.upkeep.export_collection import Tell
 from service.upkeep.fsck import Fsck
 from service.upkeep.fsck_videos import Finding
 from service.videos import index, video_rows
 from service.videos.decoders import Decoders
+from training import progress as work
+from training.progress import Tell
 
 
 def export_collection(
@@ -66,7 +67,7 @@ def index_now(
         running = [pool.submit(index.index_video, storage, encoder, decoders, tenant, video) for video in videos]
         for done, future in enumerate(as_completed(running), start=1):
             future.result()
-            progress(done / len(videos), f"{done} of {len(videos)} videos indexed")
+            progress(work.Progress(f"{done} of {len(videos)} videos indexed", done, len(videos)))
     with storage.database.read() as connection:
         found = video_rows.videos_by_id(connection, tenant, videos)
     return [video.id for video in found.values() if video.status == "failed"]
@@ -97,4 +98,4 @@ def _share_bar(console: Console | None) -> Iterator[Tell]:
     columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None, transient=True) as drawn:
         bar = drawn.add_task("", total=1.0)
-        yield lambda share, note: drawn.update(bar, completed=share, description=note)
+        yield lambda now: drawn.update(bar, completed=now.share, description=now.stage)

@@ -37,11 +37,7 @@ PR_SET_PDEATHSIG = 1
 
 def _index_video(parts: Parts, runner: Runner, task: Task, report: Report) -> None:
     """Ends its task itself, with the video."""
-
-    def tell(share: float | None) -> None:
-        report(0.0 if share is None else 0.5 + 0.5 * share, "decoding" if share is None else "embedding")
-
-    index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, task.request["video_id"], tell)
+    index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, task.request["video_id"], report)
 
 
 def _lock_video(connection: Connection, task: Task) -> None:

@@ -31,6 +31,7 @@ from service.storage.generation_rows import Generation
 from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.storage.tables import OPEN
+from training.progress import Progress, Tell
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a task is tried again; three times as long after each try
 PROBATION = 60.0  # seconds after which a suspect that still runs does not hold up the next one
@@ -136,7 +137,7 @@ class Runner:
                 self.running.pop(task.id, None)
             threading.Event().wait()
 
-    def spread(self, task: Task) -> Callable[[Generation, Sequence[Sequence[str]], Callable[[int, int], None]], None] | None:
+    def spread(self, task: Task) -> Callable[[Generation, Sequence[Sequence[str]], Tell], None] | None:
         """Embeds chunks of videos as workflows, which all workers take part in, for `adapters.activate`."""
         jobs = self._jobs
         return None if jobs is None else lambda generation, chunks, told: _spread(jobs, task, generation, chunks, told)
@@ -272,11 +273,11 @@ class Report:
         self._message = task.message
         self._last = time.monotonic()
 
-    def __call__(self, progress: float, message: str) -> None:
+    def __call__(self, progress: Progress) -> None:
         self._runner.pause_if_stopping(self._task)
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self.check()
-            best = max(self._best, round(progress, 6))
+            best, message = max(self._best, round(progress.share, 6)), progress.stage
             if (best, message) != (self._best, self._message):
                 self._best, self._message = best, message
                 cleared = {"attempts": 1} if best > self._before and not self.advanced else {}
@@ -302,9 +303,7 @@ def _request_of(task: Task) -> AbstractContextManager[None]:
     return bound_contextvars(**({"request_id": task.request_id} if task.request_id else {}))
 
 
-def _spread(
-    jobs: Jobs, task: Task, generation: Generation, chunks: Sequence[Sequence[str]], told: Callable[[int, int], None]
-) -> None:
+def _spread(jobs: Jobs, task: Task, generation: Generation, chunks: Sequence[Sequence[str]], told: Tell) -> None:
     """Returns when every chunk has been tried; those of a worker that died may be missing. Raises JobFailed."""
     jobs.withdraw_chunks(task.id)  # of an earlier start
     together = min(CHUNKS_TOGETHER, 1 + len(chunks) // CHUNKS_AHEAD)
@@ -321,7 +320,7 @@ def _spread(
                 if failure is not None:
                     raise JobFailed(**failure)
                 done += out.pop(workflow)
-            told(done, total)
+            told(Progress("embedding", done, total))
     finally:
         if out:
             jobs.withdraw_chunks(task.id)

@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from tarfile import TarInfo
@@ -27,6 +27,7 @@ from typing import BinaryIO, TypeVar
 
 from service.errors import PolyclipError
 from service.upkeep.archive_json import Contents, Manifest, Part
+from training.progress import Progress, Tell
 
 BLOCK, CHUNK = tarfile.BLOCKSIZE, 1 << 20
 JSON_BYTES = 16 << 20  # of one JSON member
@@ -146,8 +147,8 @@ class Archive:
             raise InvalidArchive("no archive of polyclip: it does not begin with its manifest")
         return self.json(first, Manifest)
 
-    def verify(self, progress: Callable[[float], None]) -> Contents:
-        """Reads everything against the checksums. `progress` is told the share that is done."""
+    def verify(self, progress: Tell) -> Contents:
+        """Reads everything against the checksums."""
         last, contents = max(self.members(), key=lambda info: info.offset_data, default=None), None
         if last is None or last.name != LAST:
             raise InvalidArchive("the archive is cut off: its end is not there")
@@ -157,7 +158,7 @@ class Archive:
                 digest = hashlib.sha256()
                 for chunk in self.chunks(info):
                     digest.update(chunk)
-                    progress(self._file.tell() / self.size)
+                    progress(Progress("checking the archive", self._file.tell(), self.size))
                 line = _sum(digest.hexdigest(), info.name)
                 if sums.read(len(line)) != line:
                     raise InvalidArchive(f"the archive is damaged: {info.name} is not what was written")

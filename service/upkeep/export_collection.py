@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -26,10 +26,10 @@ from service.upkeep.archive import CHUNK, CONTENTS, FIRST, Writer, gathered
 from service.upkeep.archive_json import FORMAT
 from service.videos import vectors, video_rows
 from service.videos.video_rows import Caption, Video
+from training.progress import Progress, Tell, unheard
 
 PAGE = 500  # videos whose rows are read at once
 
-Tell = Callable[[float, str], None]  # (share that is done, what is being done); may raise to stop
 Content = tuple[int, Iterator[bytes]]  # of a member: its size and its bytes
 
 
@@ -82,7 +82,7 @@ class Export:
             "generations": [{"id": g.id, "adapter": g.digest, "vector_set": g.vector_set, "active": g is active} for g in own],
         }
 
-    def chunks(self, progress: Tell = lambda share, note: None) -> Iterator[bytes]:
+    def chunks(self, progress: Tell = unheard) -> Iterator[bytes]:
         """The archive's bytes, once."""
         return gathered(self._chunks(progress))
 
@@ -97,7 +97,7 @@ class Export:
                 yield from writer.whole(f"adapters/{each.digest}.safetensors", data)
             self._rows.seek(0)
             for number, line in enumerate(self._rows):
-                progress(number / videos, f"{number} of {videos} videos")
+                progress(Progress(f"{number} of {videos} videos", number, videos))
                 record = json.loads(line)
                 with ExitStack() as held:
                     members = self._members(record, held)

@@ -28,6 +28,7 @@ from service.storage.storage import Storage
 from service.upkeep import archive_rows, check_rows, delete, erase_rows
 from service.upkeep.fsck_videos import Finding, Tools, video_findings
 from service.videos.decoders import Decoders
+from training.progress import unheard
 
 PAGE = 200  # videos whose rows are read at once
 UNREPAIRABLE = (BlobMissing, DamagedFrames, DecodeError, NotFound, InvalidAdapter, DamagedAdapter)
@@ -182,7 +183,7 @@ def _choose_generation(tools: Tools, collection: Collection) -> None:
             best = max(known, key=lambda g: (g.id == now.active_generation_id, g.state == "active", g.activated_at or ""))
             collection_rows.switch(connection, tenant, collection.id, best.id)
             return
-    activate.activate(tools.storage, tools.encoder, tools.decoders, tenant, collection.id, None, lambda done, total: None)
+    activate.activate(tools.storage, tools.encoder, tools.decoders, tenant, collection.id, None, unheard)
 
 
 def _adapter_file(storage: Storage, version: AdapterVersion) -> Iterator[Finding]:

@@ -32,10 +32,10 @@ from service.storage.tenant_rows import Tenant
 from service.upkeep import archive_rows, delete
 from service.upkeep.archive import FIRST, Archive, InvalidArchive
 from service.upkeep.archive_json import Adapter, AdapterManifest, Generation, Manifest
-from service.upkeep.export_collection import Tell
 from service.upkeep.import_videos import Arrival
 from service.videos.decoders import Decoders
 from service.videos.video_rows import Video
+from training.progress import Progress, Tell, unheard
 
 VERIFYING = 0.3  # share of an import's progress
 
@@ -84,7 +84,7 @@ def import_archive(
     name: str | None = None,
     re_embed: bool = False,
     collection: str | None = None,
-    progress: Tell = lambda share, note: None,
+    progress: Tell = unheard,
 ) -> Imported:
     """The archive as a new collection of the tenant: all of it or nothing.
 
@@ -96,7 +96,7 @@ def import_archive(
     ids: defaultdict[str, str] = defaultdict(lambda: new_id("vid"))  # the new ones, by the archive's
     with Archive(path) as archive:
         plan = _planned(archive.manifest(), backbone.name, backbone.fingerprint, name, re_embed)
-        told = archive.verify(lambda share: progress(VERIFYING * share, "checking the archive")).videos
+        told = archive.verify(lambda part: progress(part.within(0, VERIFYING))).videos
         delete.purge_collection(storage, tenant.id, collection)
         try:
             with storage.database.write() as connection:
@@ -119,8 +119,8 @@ def import_archive(
                         sizes[folder] = arrival.take(ids[folder], parts)
                     except InvalidArchive as error:
                         raise InvalidArchive(f"videos/{folder}: {error}") from error
-                    share = max(member.offset_data for member in parts.values()) / archive.size
-                    progress(VERIFYING + (1 - VERIFYING) * share, f"{len(sizes)} of {told} videos")
+                    at = max(member.offset_data for member in parts.values())
+                    progress(Progress(f"{len(sizes)} of {told} videos", at, archive.size).within(VERIFYING, 1))
             if told != len(sizes):
                 raise InvalidArchive(f"the archive holds {len(sizes)} videos, its contents say {told}")
             with storage.database.write() as connection:

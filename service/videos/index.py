@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,22 @@ from service.storage.storage import Storage
 from service.videos import video_rows
 from service.videos.decoders import Decoders
 from service.videos.video_rows import Video
+from training.progress import Progress, Tell, unheard
 
 log = structlog.get_logger()
 
 SEGMENTS_AT_ONCE = 16  # pixels of a long video in memory
 
-Progress = Callable[[float | None], None]
-
 
 def index_video(
-    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Progress = lambda share: None
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Tell = unheard
 ) -> None:
     """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error.
 
-    `progress`, the share of the embedding that is done and None as long as the video is decoded, may raise to stop.
+    `progress` is told of `decoding`, then of `embedding`.
     """
     try:
-        prepare_frames(storage, encoder, decoders, tenant, video_id, lambda: progress(None))
+        prepare_frames(storage, encoder, decoders, tenant, video_id, lambda: progress(Progress("decoding", 0, 1)))
         embed_video(storage, encoder, decoders, tenant, video_id, progress)
     except NotFound:
         return
@@ -133,7 +132,7 @@ def decode_again(storage: Storage, encoder: Encoder, decoders: Decoders, video: 
 
 
 def embed_video(
-    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Progress = lambda share: None
+    storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Tell = unheard
 ) -> None:
     """Embeds a decoded video for each generation that is active or being built, then calls it ready, in one transaction
     that sees no generation without it.
@@ -163,7 +162,7 @@ def embed_for(
     tenant: str,
     video: Video,
     generation: Generation,
-    progress: Progress = lambda share: None,
+    progress: Tell = unheard,
 ) -> None:
     """Vectors of a video's cached frames under a generation's adapter, stored unless the video has been deleted.
 
@@ -198,7 +197,7 @@ def embedded_segments(
     decoders: Decoders,
     video: Video,
     generation: Generation,
-    progress: Progress = lambda share: None,
+    progress: Tell = unheard,
 ) -> list[dict[str, Any]]:
     """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read.
 
@@ -212,16 +211,14 @@ def embedded_segments(
         return _embedded(storage, encoder, video, generation, progress)
 
 
-def _embedded(
-    storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Progress
-) -> list[dict[str, Any]]:
+def _embedded(storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Tell) -> list[dict[str, Any]]:
     archive = FrameArchive(storage.blobs.get(frames_key(video.collection_id, video.id)))
     form = encoder.backbone.form
     rows = []
     group = f"{video.tenant_id}, again" if video.status == "ready" else video.tenant_id  # an upload does not queue behind these
     with encoder.lease(generation) as lease:
         for first in range(0, len(archive.segments), SEGMENTS_AT_ONCE):
-            progress(first / len(archive.segments))
+            progress(Progress("embedding", first, len(archive.segments)).within(0.5, 1))
             window = archive.segments[first : first + SEGMENTS_AT_ONCE]
             pixels = [archive.pixels(segment.frames, form) for segment in window]
             waiting = [encoder.frames.submit((frames, lease), group=group, weight=len(frames)) for frames in pixels]

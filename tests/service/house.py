@@ -28,6 +28,7 @@ from service.upkeep import archive_rows
 from service.videos import video_rows
 from service.videos.index import index_video
 from service.videos.video_rows import Caption, Video
+from training.progress import unheard
 
 
 class House:
@@ -80,9 +81,8 @@ class House:
 
     def activate(self, collection: Collection, adapter: str | None) -> int:
         """The number of videos that had to be embedded."""
-        nothing = lambda done, total: None  # noqa: E731
         return generations.activate(
-            self.storage, self.encoder, self.decoders, self.tenant.id, collection.id, adapter, nothing
+            self.storage, self.encoder, self.decoders, self.tenant.id, collection.id, adapter, unheard
         ).embedded
 
     def collection(self, name: str, tenant: Tenant | None = None) -> Collection:

@@ -18,6 +18,7 @@ from service.jobs import task_rows
 from service.jobs.kinds import TurnOver
 from service.jobs.run import TURN_WAITS, Report
 from service.jobs.task_rows import Task
+from training.progress import Progress
 
 
 def sent(workshop: Workshop, collection: str, data: bytes) -> Any:
@@ -193,5 +194,5 @@ def test_a_training_tells_what_is_left_from_its_first_step(workshop: Workshop) -
         task_rows.start_task(connection, workshop.tenant, task.id)
     report = Report(runner(workshop), task)
     report._last = 0.0
-    report(learning.TRAINING * 1 / 100_000, "step 1 of 100000")
+    report(Progress("step 1 of 100000", 1, 100_000).within(0, learning.TRAINING))
     assert workshop.guest.get(f"/tasks/{task.id}").json()["eta_seconds"] is not None

@@ -32,6 +32,7 @@ from service.upkeep import archive_rows, delete, export_collection, import_colle
 from service.upkeep.archive import Archive, InvalidArchive, Writer
 from service.upkeep.import_collection import ArchiveOfOtherBackbone
 from service.videos import index
+from training.progress import unheard
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +371,7 @@ def test_a_torn_or_changed_file_is_refused_before_anything_is_written(
         (tmp_path / "bad.tar").write_bytes(data)
         try:
             with Archive(tmp_path / "bad.tar") as bad:
-                bad.verify(lambda share: None)
+                bad.verify(unheard)
         except InvalidArchive:
             with pytest.raises(InvalidArchive):
                 taken(other, tmp_path / "bad.tar", f"bad-{number}")
@@ -384,7 +385,7 @@ def test_the_damaged_member_is_named(archive: Path, tmp_path: Path) -> None:
     data = archive.read_bytes()
     (tmp_path / "bad.tar").write_bytes(data.replace(b"clip-2.mp4", b"clip-9.mp4"))
     with Archive(tmp_path / "bad.tar") as bad, pytest.raises(InvalidArchive, match=r"videos/vid_\w+/video\.json"):
-        bad.verify(lambda share: None)
+        bad.verify(unheard)
 
 
 Contents = dict[str, bytes]

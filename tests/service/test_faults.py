@@ -258,7 +258,7 @@ def test_a_trained_adapter_and_a_checkpoint_survive_a_power_failure(tmp_path: Pa
     tensors = {"a": torch.ones(3)}
     optimiser = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
     for step in (1, 2):
-        checkpoint.save(root / "out" / "run" / "c.safetensors", "run", checkpoint.Progress(step), tensors, optimiser)
+        checkpoint.save(root / "out" / "run" / "c.safetensors", "run", checkpoint.State(step), tensors, optimiser)
     left = power.fail(tmp_path / "left") / "out" / "run"
     assert read(left)[0] == data
     restored = checkpoint.restore(left / "c.safetensors", "run", tensors, optimiser)

@@ -20,6 +20,7 @@ from service.storage.blobs import frames_key, video_key
 from service.storage.rows import NotFound
 from service.upkeep import delete
 from service.videos import index, video_rows
+from training.progress import Progress
 
 
 class Meanwhile:
@@ -38,7 +39,7 @@ class Meanwhile:
             self.chunks += 1
             if self.chunks == 1:
                 self.does()
-            progress(done, 0)
+            progress(Progress("embedding", done, len(chunks)))
 
 
 def activate(workshop: Workshop, collection: str, adapter: str | None, does: Callable[[], Any], **more: Any) -> Any:
@@ -159,8 +160,8 @@ def test_a_cancelled_build_is_retired_and_keeps_what_it_has(workshop: Workshop) 
     collection, _ = workshop.filled(range(5))
     adapter = workshop.adapter(collection, 1)
 
-    def progress(done: int, total: int) -> None:
-        if done:
+    def progress(now: Progress) -> None:
+        if now.done:
             raise Cancelled
 
     with pytest.raises(Cancelled):

@@ -45,6 +45,7 @@ from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.storage.tables import OPEN
 from service.videos import video_rows
+from training.progress import Progress
 
 Job = Callable[[Runner, Task, Report], Any]
 
@@ -153,7 +154,7 @@ def test_the_last_try_fails_the_task_and_its_video_with_the_reason(workshop: Wor
 def test_a_start_that_got_further_than_all_before_has_all_its_tries_again(workshop: Workshop, does: Any) -> None:
     def job(shift: Runner, task: Task, report: Report) -> None:
         report._last = 0.0
-        report(0.7, "on")
+        report(Progress("on", 7, 10))
         raise ConnectionResetError
 
     does(job)
@@ -182,7 +183,7 @@ def test_progress_clears_of_suspicion_and_never_falls(workshop: Workshop, does: 
     def job(shift: Runner, task: Task, report: Report) -> dict[str, Any]:
         for share in (0.5, 0.2):
             report._last = 0.0
-            report(share, f"at {share}")
+            report(Progress(f"at {share}", share, 1))
             seen.append((state(workshop, task).progress, state(workshop, task).attempts))
         return {}
 
@@ -238,7 +239,7 @@ def test_a_worker_that_stops_puts_its_tasks_back_as_if_they_had_not_been_started
         try:
             while True:
                 reached.set()
-                report(0.1, "on")
+                report(Progress("on", 1, 10))
                 time.sleep(0.01)
         finally:
             cleaned.append(task.id)

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from service.adapters import trainer
 from service.adapters.trainer import TrainingFailed
+from training.progress import unheard
 
 RECIPE = {"steps": 4, "batch_size": 4, "frames": 2, "evaluations": 2, "rank": 2, "folds": 0}
 
@@ -67,7 +68,7 @@ def test_what_a_training_process_says_is_told_as_its_tasks() -> None:
         capture_logs(processors=[merge_contextvars]) as told,
         pytest.raises(TrainingFailed, match=r"status 3\. a word of the child"),
     ):
-        trainer.run([sys.executable, "-c", said], "col", set(), 60, 60, lambda share, note: None, lambda: False)
+        trainer.run([sys.executable, "-c", said], "col", set(), 60, 60, unheard, lambda: False)
     (line,) = [line for line in told if line["event"] == "training_process_says"]
     assert (line["line"], line["request_id"], line["task_id"]) == ("a word of the child", "chosen", "task_1")
 

@@ -25,6 +25,7 @@ from indexer.frames import DamagedFrames, pack_frames
 from training.__main__ import app
 from training.dataset import InvalidDataset
 from training.display import evidence
+from training.progress import Progress
 from training.recipe import InvalidRecipe, Recipe
 from training.run import InUse, _alone, run
 from training.source import Source
@@ -201,9 +202,9 @@ def test_a_published_data_set_goes_from_its_files_to_a_tested_adapter(name: str,
     report = tmp_path / "report.html"
     source = Source(None, name, root, None, None, False)
     fields = {"preset": "paper", "batch_size": 4, "epochs": 1, "rank": 2, "shared": 4, "frames": 2}
-    events: list[dict[str, Any]] = []
+    events: list[Progress] = []
     done = run(source, tmp_path / "out", "builtin", None, fields, None, None, events.append, True, report, tmp_path / "board")
-    assert {"decoding", "step", "validation"} <= {event["event"] for event in events}
+    assert {"decoding", "step", "validation"} <= {event.stage for event in events}
     assert done["test"] is not None
     _, manifest = adapters_store.read(tmp_path / "out")
     tested = manifest.metrics["test"]["text_to_video"]

@@ -19,6 +19,7 @@ from miniature import VIDEOS, captions, miniature, picture, write_clip, write_js
 from indexer.frames import FrameArchive
 from training.corpora import CORPORA, Clip, Corpus, cache_frames, load_corpus
 from training.dataset import SPLITS, load_dataset
+from training.progress import Progress
 from training.published import InvalidCorpus
 
 SAMPLES = Path(os.environ.get("POLYCLIP_ANNOTATION_SAMPLES", "annotation-samples"))
@@ -66,9 +67,9 @@ def test_every_data_set_comes_from_its_published_files_to_training_pixels(
     long = name in ("didemo", "activitynet")
     assert (corpus.name, corpus.missing) == (name, ())
     assert (corpus.frames, corpus.words) == ((64, 64) if long else (12, 32))
-    progress: list[tuple[int, int]] = []
-    dataset = cache_frames(corpus, tmp_path / "cache", progress=lambda *done: progress.append(done))
-    assert progress == [(n, len(corpus.clips)) for n in range(1, len(corpus.clips) + 1)]
+    progress: list[Progress] = []
+    dataset = cache_frames(corpus, tmp_path / "cache", progress=progress.append)
+    assert progress == [Progress("decoding", n, len(corpus.clips)) for n in range(1, len(corpus.clips) + 1)]
     for row, clip in zip(rows(dataset), corpus.clips, strict=True):
         assert (row["video"], row["split"]) == (clip.video, clip.split)
         assert tuple(c["text"] for c in row["captions"]) == clip.captions

@@ -15,6 +15,7 @@ from backbone import AdapterShape, Backbone, load_backbone, q_score, to_pixels
 from training.dataset import ArrayClips, Dataset, InvalidDataset, Pair, pick_frames
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
+from training.progress import Progress, unheard
 from training.ranks import ALONE
 from training.recipe import Recipe
 from training.step import Learner, backward, contrastive_loss
@@ -47,9 +48,6 @@ def colours(repeat: int = 6) -> Dataset:
     return Dataset(ArrayClips(np.stack(pixels)), tuple(pairs), {})
 
 
-def quiet(event: dict[str, Any]) -> None: ...
-
-
 def equal(a: Trained, b: Trained) -> bool:
     return all(torch.equal(a.final[name], b.final[name]) for name in a.final)
 
@@ -58,19 +56,19 @@ RECIPE = Recipe(steps=30, batch_size=5, frames=2, learning_rate=1e-2, evaluation
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def told() -> list[Progress]:
     """The events of the training below."""
     return []
 
 
 @pytest.fixture(scope="module")
-def plain(backbone: Backbone, told: list[dict[str, Any]]) -> Trained:
+def plain(backbone: Backbone, told: list[Progress]) -> Trained:
     """A training that several tests look at."""
     return train(backbone, colours(), RECIPE, told.append)
 
 
-def test_the_loss_falls_and_only_the_adapter_learns(told: list[dict[str, Any]], plain: Trained, backbone: Backbone) -> None:
-    losses = [e["loss"] for e in told if e["event"] == "step"]
+def test_the_loss_falls_and_only_the_adapter_learns(told: list[Progress], plain: Trained, backbone: Backbone) -> None:
+    losses = [e.facts["loss"] for e in told if e.stage == "step"]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
     assert backbone._fingerprint() == backbone.fingerprint
@@ -96,8 +94,8 @@ def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(
     over_nothing = plain.metrics["after"]["text_to_video"]["R@1"] - plain.metrics["before"]["text_to_video"]["R@1"]
     assert plain.metrics["gain"]["mean"] == pytest.approx(over_nothing, abs=0.02)
     with pytest.raises(Stopped):
-        train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path, stop=lambda: True)
-    second = train(backbone, colours(), RECIPE, quiet, None, Rival("a" * 64, adapter), folder=tmp_path)
+        train(backbone, colours(), RECIPE, unheard, None, Rival("a" * 64, adapter), folder=tmp_path, stop=lambda: True)
+    second = train(backbone, colours(), RECIPE, unheard, None, Rival("a" * 64, adapter), folder=tmp_path)
     assert second.metrics["in_use"] == {"digest": "a" * 64, **plain.metrics["after"]}
     nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert second.metrics["gain"] == second.metrics["rank_gain"] == nothing, "the same seed, the same adapter"
@@ -105,14 +103,14 @@ def test_a_rival_is_measured_on_the_same_captions_and_the_gain_is_over_it(
 
 def test_the_same_seed_gives_the_same_adapter(backbone: Backbone) -> None:
     recipe = Recipe(steps=3, batch_size=5, frames=2, evaluations=1)
-    a, b = (train(backbone, colours(), recipe, quiet).tensors for _ in range(2))
+    a, b = (train(backbone, colours(), recipe, unheard).tensors for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("scope", ["text", "vision"])
 def test_an_adapter_of_one_tower_has_only_its_tensors(backbone: Backbone, scope: str) -> None:
     recipe = Recipe(steps=2, batch_size=5, frames=2, evaluations=1, scope=scope)  # type: ignore[arg-type]
-    trained = train(backbone, colours(2), recipe, quiet)
+    trained = train(backbone, colours(2), recipe, unheard)
     tower = {"text": "text", "vision": "visual"}[scope]
     assert {name.split("_")[0] for name in trained.tensors} <= {tower, "vocabulary"}
     assert (scope == "text") == ("vocabulary_rows" in trained.tensors)
@@ -124,13 +122,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_words(backbone: Backbone) -> 
     tensors = {name: t * 1e30 for name, t in shape.initial(0, start="small").items()}
     start = Artifact("", backbone.fingerprint, shape, tensors)
     with pytest.raises(TrainingDiverged, match="try a lower learning rate"):
-        train(backbone, colours(2), wild, quiet, start)
+        train(backbone, colours(2), wild, unheard, start)
 
 
 def test_one_training_video_is_told(backbone: Backbone) -> None:
     pairs = (Pair(0, "a", "v0"), Pair(1, "b", "v1"))
     with pytest.raises(InvalidDataset, match="at least 2 captioned training videos"):
-        train(backbone, Dataset(ArrayClips(np.zeros((2, 12, 3, 64, 64), np.uint8)), pairs, {}), Recipe(steps=1), quiet)
+        train(backbone, Dataset(ArrayClips(np.zeros((2, 12, 3, 64, 64), np.uint8)), pairs, {}), Recipe(steps=1), unheard)
 
 
 def test_the_schedule_warms_up_then_falls_to_zero() -> None:
@@ -154,7 +152,7 @@ def test_captions_that_are_all_the_same_are_told(backbone: Backbone) -> None:
     data = colours()
     same = Dataset(data.clips, tuple(Pair(p.clip, "a video", p.video) for p in data.pairs), {})
     with pytest.raises(InvalidDataset, match="all training captions are the same"):
-        train(backbone, same, RECIPE, quiet)
+        train(backbone, same, RECIPE, unheard)
 
 
 @pytest.mark.parametrize(
@@ -164,43 +162,43 @@ def test_captions_that_are_all_the_same_are_told(backbone: Backbone) -> None:
 )
 def test_less_memory_gives_the_same_adapter(backbone: Backbone, change: dict[str, Any]) -> None:
     recipe = RECIPE.model_copy(update=dict(steps=3))
-    whole = train(backbone, colours(), recipe, quiet)
-    small = train(backbone, colours(), recipe.model_copy(update=change), quiet)
+    whole = train(backbone, colours(), recipe, unheard)
+    small = train(backbone, colours(), recipe.model_copy(update=change), unheard)
     for name in whole.final:
         torch.testing.assert_close(small.final[name], whole.final[name], atol=2e-5, rtol=1e-3)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_losses(backbone: Backbone, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update=dict(steps=12, evaluations=3))
-    whole = train(backbone, colours(), recipe, quiet)
+    whole = train(backbone, colours(), recipe, unheard)
     steps: list[int] = []
-    events: list[dict[str, Any]] = []
+    events: list[Progress] = []
 
-    def note(event: dict[str, Any]) -> None:
+    def note(event: Progress) -> None:
         events.append(event)
-        if event["event"] == "step":
-            steps.append(event["step"])
+        if event.stage == "step":
+            steps.append(int(event.done))
 
     for after in (5, 7):
         with pytest.raises(Stopped):
             train(backbone, colours(), recipe, note, folder=tmp_path, stop=lambda after=after: steps[-1] == after)  # type: ignore[misc]
     resumed = train(backbone, colours(), recipe, note, folder=tmp_path)
     assert steps == list(range(1, 13)), "no step is done twice"
-    assert [e["step"] for e in events if e["event"] == "resumed"] == [5, 7]
+    assert [e.done for e in events if e.stage == "resumed"] == [5, 7]
     assert equal(resumed, whole)
     assert resumed.metrics == whole.metrics
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+        train(backbone, colours(), RECIPE, unheard, folder=tmp_path, stop=lambda: True)
     other = RECIPE.model_copy(update=dict(steps=2, seed=7))
-    assert equal(train(backbone, colours(), other, quiet, folder=tmp_path), train(backbone, colours(), other, quiet))
+    assert equal(train(backbone, colours(), other, unheard, folder=tmp_path), train(backbone, colours(), other, unheard))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
-        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+        train(backbone, colours(), RECIPE, unheard, folder=tmp_path, stop=lambda: True)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -209,7 +207,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(backbone: Backbone, tmp_path: 
 
     monkeypatch.setattr("training.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        train(backbone, colours(), RECIPE, quiet, folder=tmp_path, stop=lambda: True)
+        train(backbone, colours(), RECIPE, unheard, folder=tmp_path, stop=lambda: True)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
@@ -219,8 +217,8 @@ def test_only_the_last_layers_learn_and_their_cached_prefix_changes_nothing(
     backbone: Backbone, tmp_path: Path, last: int
 ) -> None:
     recipe = RECIPE.model_copy(update=dict(steps=3, layers=last, vocabulary="off"))
-    cached = train(backbone, colours(), recipe, quiet, scratch=tmp_path)
-    for name, tensor in train(backbone, colours(), recipe, quiet).final.items():
+    cached = train(backbone, colours(), recipe, unheard, scratch=tmp_path)
+    for name, tensor in train(backbone, colours(), recipe, unheard).final.items():
         torch.testing.assert_close(cached.final[name], tensor, atol=2e-5, rtol=1e-3)
     shape = recipe.shape(backbone.dims)
     first = shape.first_rows(last)
@@ -244,7 +242,7 @@ def test_full_fine_tuning_changes_a_copy_and_leaves_the_backbone(backbone: Backb
     before = backbone._fingerprint()
     recipe = RECIPE.model_copy(update=dict(method="full", learning_rate=1e-3))
     losses: list[float] = []
-    trained = train(backbone, colours(), recipe, lambda e: losses.append(e["loss"]) if e["event"] == "step" else None)
+    trained = train(backbone, colours(), recipe, lambda e: losses.append(e.facts["loss"]) if e.stage == "step" else None)
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
     assert backbone._fingerprint() == before
     assert trained.shape is None
@@ -298,16 +296,16 @@ def test_adam_without_bias_correction_is_its_equation() -> None:
 
 
 def test_a_run_of_one_step_has_one(backbone: Backbone) -> None:
-    trained = train(backbone, colours(2), RECIPE.model_copy(update=dict(steps=1)), quiet)
+    trained = train(backbone, colours(2), RECIPE.model_copy(update=dict(steps=1)), unheard)
     assert [point["step"] for point in trained.metrics["curve"]] == [0, 1]
 
 
 def test_few_held_out_queries_are_no_evidence_and_folds_tell_more(backbone: Backbone) -> None:
     """With 30 captions 4 are held out: the folds ask all 30, at the price of as many steps again."""
-    events: list[dict[str, Any]] = []
+    events: list[Progress] = []
     recipe = RECIPE.model_copy(update=dict(steps=10))
     trained = train(backbone, colours(), recipe, events.append, folds=5)
-    alone = train(backbone, colours(), recipe, quiet)
+    alone = train(backbone, colours(), recipe, unheard)
     assert trained.metrics["not_enough_evidence"] is alone.metrics["not_enough_evidence"] is True
     assert trained.metrics["after"]["text_to_video"]["queries"] < MINIMUM_QUERIES
     crossed = trained.metrics["cross_validation"]
@@ -315,13 +313,13 @@ def test_few_held_out_queries_are_no_evidence_and_folds_tell_more(backbone: Back
     change = crossed["after"]["text_to_video"]["R@1"] - crossed["before"]["text_to_video"]["R@1"]
     assert crossed["gain"]["low"] <= crossed["gain"]["mean"] == pytest.approx(change, abs=0.02)
     assert equal(trained, alone), "the folds change nothing about the adapter"
-    assert {e["work"] for e in events if e["event"] == "step"} == {20}
+    assert {e.facts["work"] for e in events if e.stage == "step"} == {20}
 
 
 def test_enough_held_out_queries_need_no_folds(backbone: Backbone) -> None:
     many = colours()
     pairs = tuple(Pair(pair.clip, f"{pair.text} {i}", pair.video) for pair in many.pairs for i in range(10))
-    trained = train(backbone, replace(many, pairs=pairs), RECIPE.model_copy(update=dict(steps=2)), quiet, folds=5)
+    trained = train(backbone, replace(many, pairs=pairs), RECIPE.model_copy(update=dict(steps=2)), unheard, folds=5)
     assert trained.metrics["after"]["text_to_video"]["queries"] >= MINIMUM_QUERIES
     assert not {"not_enough_evidence", "cross_validation"} & set(trained.metrics)
 
@@ -329,8 +327,8 @@ def test_enough_held_out_queries_need_no_folds(backbone: Backbone) -> None:
 def test_a_run_whose_time_is_over_ends_with_the_best_that_it_has(backbone: Backbone, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update=dict(steps=1_000_000))
     with pytest.raises(Stopped):
-        train(backbone, colours(2), recipe, quiet, folder=tmp_path, stop=lambda: True)
-    trained = train(backbone, colours(2), recipe, quiet, folder=tmp_path, seconds=1e-9)
+        train(backbone, colours(2), recipe, unheard, folder=tmp_path, stop=lambda: True)
+    trained = train(backbone, colours(2), recipe, unheard, folder=tmp_path, seconds=1e-9)
     assert trained.metrics["timed_out"] == {"steps": trained.metrics["steps"], "of": 1_000_000}
     assert trained.metrics["steps"] <= 2 and trained.metrics["best_step"] == trained.metrics["steps"]
     assert set(trained.tensors) == set(recipe.shape(backbone.dims).layout())
@@ -341,7 +339,7 @@ def test_a_run_whose_time_is_over_ends_with_the_best_that_it_has(backbone: Backb
 
 def trained_on_colours(backbone: Backbone, **fields: Any) -> Trained:
     recipe = Recipe(**{"steps": 8, "batch_size": 5, "frames": 2, "evaluations": 1, "learning_rate": 1e-2, **fields})
-    return train(backbone, colours(), recipe, quiet)
+    return train(backbone, colours(), recipe, unheard)
 
 
 def test_the_words_of_the_captions_get_rows_and_are_named(backbone: Backbone) -> None:
@@ -393,6 +391,6 @@ def test_an_adapter_that_is_continued_keeps_the_words_that_it_knows(backbone: Ba
     tensors = {**shape.initial(0), "vocabulary_rows": torch.randn(2, 128)}
     start = Artifact("0" * 64, backbone.fingerprint, shape, tensors)
     recipe = Recipe(steps=1, batch_size=5, frames=2, evaluations=1, learning_rate=1e-8)
-    trained = train(backbone, colours(), recipe, quiet, start)
+    trained = train(backbone, colours(), recipe, unheard, start)
     assert trained.shape is not None and trained.shape.vocabulary == (7, 400), "rows that have not moved are dropped"
     torch.testing.assert_close(trained.tensors["vocabulary_rows"], tensors["vocabulary_rows"])
