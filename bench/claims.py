@@ -137,7 +137,8 @@ def one_thread() -> None:
 def compute(cell: Cell) -> dict[str, Any]:
     """Trains and tests one cell; `hits` are the test captions' better and equal candidates."""
     from backbone import load_backbone
-    from training.evaluation import evaluate, ranks
+    from training.evaluation import evaluate
+    from training.metrics import ranks
     from training.recipe import Recipe
     from training.trainer import train
 

@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from backbone import Backbone, mean_pool, to_pixels
-from demo.worlds import WORLDS, Picture, Scene, scenes
+from demo.drawing import Picture
+from demo.worlds import WORLDS, Scene, scenes
 from training.dataset import ArrayClips
-from training.evaluation import Recall, encode_clips, encode_texts, recall
+from training.evaluation import encode_clips, encode_texts
+from training.metrics import Recall, recall
 from training.optimiser import warmup_cosine
 
 CONFIG: dict[str, Any] = {

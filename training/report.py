@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from adapters_store import durable
 from training.dataset import Pair
-from training.evaluation import METRICS, Evaluation, Gain, Recall, expected_ranks, gain
+from training.evaluation import Evaluation
+from training.metrics import METRICS, Gain, Recall, expected_ranks, gain
 
 Thumbnails = Callable[[int], bytes | None]
 Point = tuple[float, float, float, float]

@@ -18,8 +18,9 @@ from backbone import Adapter, AdapterShape, Backbone
 from training import checkpoint
 from training.checkpoint import State
 from training.dataset import Dataset, InvalidDataset, Split, hash_of
-from training.evaluation import evaluate, hits_at_1, log_ranks, paired_gain
+from training.evaluation import evaluate
 from training.inputs import Inputs
+from training.metrics import hits_at_1, log_ranks, paired_gain
 from training.optimiser import optimiser_of, warmup_cosine
 from training.progress import Progress, Tell, unheard
 from training.ranks import ALONE, Ranks

@@ -15,11 +15,8 @@ from training.evaluation import (
     encode_clips,
     encode_texts,
     evaluate,
-    gain,
-    intervals,
-    qb_norm,
-    recall,
 )
+from training.metrics import gain, intervals, qb_norm, recall
 
 
 def matrix(rows: list[list[float]]) -> np.ndarray:

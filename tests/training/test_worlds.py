@@ -7,7 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from demo.worlds import COLOURS, FPS, SHAPES, WORLDS, scenes, write_clip, write_world
+from demo.drawing import COLOURS, FPS, SHAPES
+from demo.worlds import WORLDS, scenes, write_clip, write_world
 
 
 @pytest.mark.parametrize("world", WORLDS)
