@@ -54,14 +54,18 @@ def load_backbone(
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
-    words = _tokenizer(name, pretrained, tokenizer)
-    model, config = _create(name, pretrained, seed)
     try:
+        words = _tokenizer(name, pretrained, tokenizer)
+        model, config = _create(name, pretrained, seed)
         return Backbone(name, model, words, device=device, dtype=dtype, **config)
-    except torch.OutOfMemoryError as error:
-        raise UnsupportedBackbone(f"{name} needs more memory than {device} has: take a smaller one") from error
+    except (BackboneNotFound, UnsupportedBackbone):
+        raise
     except ValueError as error:
-        raise UnsupportedBackbone(str(error)) from error
+        raise UnsupportedBackbone(f"{name}: {error}") from error
+    except (MemoryError, RuntimeError) as error:  # what torch raises on a CPU has no class of its own
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise UnsupportedBackbone(f"{name} needs more memory than there is on {device}: take a smaller one") from error
 
 
 def _tokenizer(name: str, pretrained: str, folder: Path | None) -> Any:
@@ -174,6 +178,8 @@ def _loaded(name: str, file: str, quick_gelu: bool = False) -> torch.nn.Module:
         with _quiet():
             return open_clip.create_model(name, pretrained=file, weights_only=True, force_quick_gelu=quick_gelu)  # type: ignore[no-any-return]
     except Exception as error:  # what torch and safetensors raise on a foreign file is not documented
+        if isinstance(error, MemoryError) or "not enough memory" in str(error):
+            raise
         raise BackboneNotFound(f"{file} does not hold weights of {name}: {_line(error)}") from error
 
 

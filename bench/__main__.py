@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 BENCHES = (
     "mixed_batch",
     "mechanisms",
+    "backbones",
     "adapter_swap",
     "many_adapters",
     "search_path",

@@ -88,6 +88,13 @@ class FrameArchive:
         except UNREADABLE as error:
             raise DamagedFrames(f"cached frames are damaged: {error}") from error
 
+    def short_side(self) -> int:
+        """Of the first frame, in pixels. Raises DamagedFrames."""
+        try:
+            return min(self._picture(self.segments[0].frames[0]).size)
+        except (*UNREADABLE, IndexError) as error:
+            raise DamagedFrames(f"cached frames are damaged: {error}") from error
+
     def _picture(self, name: str) -> Image.Image:
         """Not decoded yet. Raises ValueError where it is larger than any frame that the decoder caches."""
         picture = Image.open(io.BytesIO(self._zip.read(name)), formats=("JPEG",))

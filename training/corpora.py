@@ -126,8 +126,11 @@ def cache_frames(
     workers: int = 2,
     allow_missing: bool = False,
     progress: Tell = unheard,
+    side: int = 0,
 ) -> Path:
     """Decodes the videos of `splits` (None: all that the corpus has) into `cache` and returns a JSONL for `load_dataset`.
+
+    The short side of the frames is 256 pixels, or `side` where a backbone takes more.
 
     A video that is there already is not decoded again; one whose file has changed is. `progress` is told
     after each. Videos that cannot be decoded raise InvalidCorpus at the end, or, with `allow_missing`, are logged and left
@@ -152,7 +155,7 @@ def cache_frames(
         for _ in range(workers):
             sandboxes.put(stack.enter_context(Sandbox(decoder=decoder)))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error nothing more is begun
-        waiting = {pool.submit(_cached, corpus, clip, cache, sandboxes): clip for clip in clips}
+        waiting = {pool.submit(_cached, corpus, clip, cache, sandboxes, side): clip for clip in clips}
         for done, future in enumerate(as_completed(waiting), start=1):
             try:
                 archives[waiting[future].video] = future.result()
@@ -202,10 +205,11 @@ def _in_use(cache: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _cached(corpus: Corpus, clip: Clip, cache: Path, sandboxes: SimpleQueue[Sandbox]) -> Path:
+def _cached(corpus: Corpus, clip: Clip, cache: Path, sandboxes: SimpleQueue[Sandbox], side: int) -> Path:
     """The archive of a clip's frames, written if it is not there. Raises DecodeError for the file, OSError for the disk."""
     longest = LONGEST_OF_BEGINNING if corpus.seconds else LONGEST_VIDEO
-    sampling = Sampling(segment_seconds=longest, frames_per_segment=corpus.frames, max_seconds=longest)
+    short_side = max(Sampling().short_side, side)
+    sampling = Sampling(longest, frames_per_segment=corpus.frames, short_side=short_side, max_seconds=longest)
     try:
         with clip.file.open("rb") as file:
             facts = os.fstat(file.fileno())

@@ -53,6 +53,7 @@ class Source:
                 self.cache or (self.root if self.root.is_dir() else self.root.parent) / "frames",
                 workers=os.cpu_count() or 1,
                 allow_missing=self.allow_missing,
+                side=form if isinstance(form, int) else form.side,
                 progress=report,
             )
             shutil.copyfile(written, listing)

@@ -282,6 +282,36 @@ def formats() -> None:
 
 
 @app.command()
+def backbones(as_json: AsJson = False) -> None:
+    """The backbones that are worth a choice: size, cost, licence, and what is published of how well they find."""
+    from backbone.catalogue import choices
+
+    found = choices()
+    if as_json:
+        out.print_json(data=[choice.to_json() for choice in found])
+        return
+    right = [
+        Column(name, justify="right") for name in ("million values", "pixels", "words", "frame", "text", "MSR-VTT", "COCO")
+    ]
+    table = Table(Column("--backbone", no_wrap=True), Column("--pretrained", overflow="fold"), *right, "licence")
+    for one in found:
+        scores = [max((told.get(name, 0.0) for told in one.zero_shot.values()), default=0.0) for name in ("msrvtt", "coco")]
+        costs = (f"{one.parameters / 1e6:.0f}", f"{one.image_size}", f"{one.context_length}", f"{one.frame:g}", f"{one.text:g}")
+        table.add_row(
+            one.name, " ".join(one.tags), *costs, *(f"{score:.1f}" if score else "–" for score in scores), one.licence
+        )
+    out.print(table)
+    out.print(
+        "frame, text: cost, ViT-B-32's being 1. MSR-VTT, COCO: published R@1 from text without training, of the best tag;"
+        " --json has each with its source. Any other open_clip model with towers of these kinds runs too. `builtin` only"
+        " knows the demo's world.",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command()
 def doctor(data: Data = None, backbone: Backbone = None, pretrained: Pretrained = None, as_json: AsJson = False) -> None:
     """Check what is installed and reachable, and say how to mend what is not."""
     from service.cli.doctor import examine

@@ -199,20 +199,24 @@ def embedded_segments(
     generation: Generation,
     progress: Tell = unheard,
 ) -> list[dict[str, Any]]:
-    """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read.
-
-    Raises DamagedFrames.
+    """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read,
+    or were cached for a backbone of smaller pictures. Raises DamagedFrames.
     """
+    shown = min((video.media or {}).get(name) or 0 for name in ("width", "height"))
     try:
-        return _embedded(storage, encoder, video, generation, progress)
+        return _embedded(storage, encoder, video, generation, progress, min(encoder.backbone.image_size, shown))
     except (BlobMissing, DamagedFrames) as error:
         log.warning("frames_made_again", video=video.id, reason=str(error))
         decode_again(storage, encoder, decoders, video)
         return _embedded(storage, encoder, video, generation, progress)
 
 
-def _embedded(storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Tell) -> list[dict[str, Any]]:
+def _embedded(
+    storage: Storage, encoder: Encoder, video: Video, generation: Generation, progress: Tell, least: int = 0
+) -> list[dict[str, Any]]:
     archive = FrameArchive(storage.blobs.get(frames_key(video.collection_id, video.id)))
+    if least and archive.short_side() < least:
+        raise DamagedFrames("they are smaller than the backbone's input")
     form = encoder.backbone.form
     rows = []
     group = f"{video.tenant_id}, again" if video.status == "ready" else video.tenant_id  # an upload does not queue behind these

@@ -132,3 +132,16 @@ def test_a_file_of_another_architecture_is_told_in_one_line(siglip: Path) -> Non
         with pytest.raises(BackboneNotFound, match=f"does not hold weights of {name}") as caught:
             load_backbone(name, str(siglip))
         assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_that_does_not_fit_in_memory_is_told_in_one_line(tmp_path: Path) -> None:
+    """In a process that may have no more than it has with the libraries loaded."""
+    code = (
+        "import resource, sys, torch\nfrom backbone import UnsupportedBackbone, load_backbone\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)\n"
+        "try: load_backbone('ViT-L-14', 'random')\nexcept UnsupportedBackbone as error: sys.exit(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "ViT-L-14 needs more memory than there is on cpu: take a smaller one\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import pytest
 import structlog
 import torch
 from disks import Power, break_disk, full, small_disk
+from PIL import Image
 from serving import ROOT, ROOT_KEY, clip, new_tenant, wait_for
 from sqlalchemy import event, text, update
 from starlette.testclient import TestClient
@@ -299,8 +302,22 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [torn, flipped, None])
-def test_cached_frames_that_are_damaged_or_gone_are_made_again(
+def small(data: bytes) -> bytes:
+    """As cached for a backbone of smaller pictures: the built-in one takes 64 pixels."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(out, "w") as after:
+        for name in before.namelist():
+            file = io.BytesIO(before.read(name))
+            if name.endswith(".jpg"):
+                picture = Image.open(file).resize((48, 32))
+                file = io.BytesIO()
+                picture.save(file, "JPEG")
+            after.writestr(name, file.getvalue())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, small, None])
+def test_cached_frames_that_are_damaged_too_small_or_gone_are_made_again(
     workshop: Workshop, damage: Callable[[bytes], bytes] | None
 ) -> None:
     collection, (video,) = workshop.filled([23])

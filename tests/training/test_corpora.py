@@ -496,6 +496,17 @@ def test_a_replaced_video_is_decoded_again(copy: Callable[[str], Path], tmp_path
     assert archive.pixels(archive.segments[0].frames, 8).mean() < 20
 
 
+def test_frames_are_kept_as_large_as_the_backbone_takes_them(
+    copy: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = load_corpus("msrvtt", copy("msrvtt"))
+    monkeypatch.setattr("miniature.SIZE", (480, 400))
+    write_clip(corpus.clips[0].file, np.zeros((400, 480, 3), np.uint8))
+    for side, kept in ((0, 256), (224, 256), (384, 384), (448, 400)):
+        cached = {row["video"]: Path(row["frames"]) for row in rows(cache_frames(corpus, tmp_path / "cache", side=side))}
+        assert FrameArchive(cached[corpus.clips[0].video].read_bytes()).short_side() == kept
+
+
 def test_another_number_of_frames_is_another_archive(roots: Callable[[str], Path], tmp_path: Path) -> None:
     corpus = load_corpus("msrvtt", roots("msrvtt"))
     cache_frames(corpus, tmp_path, splits=["test"])
