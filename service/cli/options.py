@@ -15,8 +15,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 Data = Annotated[Path | None, typer.Option(help="data folder (POLYCLIP_DATA; default ./polyclip-data)")]
-Backbone = Annotated[str | None, typer.Option(help="builtin, or an open_clip model such as ViT-B-32")]
-Pretrained = Annotated[str | None, typer.Option(help="its weights: a tag, a file, or 'random'")]
+Backbone = Annotated[str | None, typer.Option(help="builtin, or an open_clip model: `polyclip backbones` lists some")]
+Pretrained = Annotated[str | None, typer.Option(help="its weights: a tag, a file, a repository of the hub, or 'random'")]
 TenantName = Annotated[str, typer.Option(help="whose collection it is")]
 CollectionName = Annotated[str, typer.Option(help="the collection's name")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]

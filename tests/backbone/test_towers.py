@@ -14,6 +14,11 @@ from small import NAMES, shaken, small, tokenizer_in
 from torch import Tensor
 
 from backbone import Adapter, AdapterShape, AdapterStack, Backbone, FlatAdapter, Form, Graphs, Slots, load_backbone, to_pixels
+from training.dataset import ArrayClips, Pair
+from training.inputs import Inputs
+from training.ranks import ALONE
+from training.recipe import Recipe
+from training.step import Learner
 
 TEXTS = ["ball", "a red ball and two blue boxes on the left of a snowy field", "", "snow " * 70, "two boxes"]
 WHOLE = ("PE-Core-T-16-384", "PE-Core-S-16-384", "PE-Core-B-16", "ViT-L-14", "ViT-B-32-256", "EVA02-B-16", "ViT-B-16-SigLIP2")
@@ -37,8 +42,8 @@ def pixels_of(backbone: Backbone, count: int) -> tuple[Tensor, Tensor]:
     return pixels, (pixels.float() / 255 - mean) / std
 
 
-def adapters_of(backbone: Backbone, count: int) -> list[Adapter]:
-    shape = AdapterShape(backbone.dims, 4, 8)
+def adapters_of(backbone: Backbone, count: int, words: tuple[int, ...] = ()) -> list[Adapter]:
+    shape = AdapterShape(backbone.dims, 4, 8, vocabulary=words)
     generator = torch.Generator().manual_seed(0)
     drawn = ({n: 0.1 * torch.randn(s, generator=generator) for n, s in shape.layout().items()} for _ in range(count))
     return [shape.assemble(tensors) for tensors in drawn]
@@ -99,12 +104,14 @@ def test_adapters_stand_after_each_sub_layer(backbone: Backbone) -> None:
         assert (backbone.encode_frames(pixels, adapter) - backbone.encode_frames(pixels)).abs().max() > 0.01
 
 
-def test_every_way_to_run_a_batch_gives_the_same_vectors(backbone: Backbone) -> None:
+@pytest.mark.parametrize("words", [0, 6])
+def test_every_way_to_run_a_batch_gives_the_same_vectors(backbone: Backbone, words: int) -> None:
     """Mixed as a list, as slots and through the graphs' buffers, behind frozen prefixes, and with activations recomputed:
     all as one row at a time.
     """
-    made = [None, *adapters_of(backbone, 3)]
-    stack = AdapterStack(backbone.dims, 4)
+    known = tuple(backbone.tokenize(TEXTS).ids.unique()[:words].tolist())
+    made = [None, *adapters_of(backbone, 3, known)]
+    stack = AdapterStack(backbone.dims, 4, words=words, tokens=backbone.tokens)
     for slot, adapter in enumerate(made[1:], 1):
         assert adapter is not None
         stack.write(slot, FlatAdapter.of(adapter, backbone.dims))
@@ -147,6 +154,32 @@ def test_a_frozen_prefix_changes_nothing(backbone: Backbone, last: int) -> None:
             backbone.encode_text(tokens, adapter)[:2],
         )
         near(backbone.encode_frames(backbone.frame_prefix(pixels, visual), adapter), backbone.encode_frames(pixels, adapter))
+
+
+def test_a_training_s_cached_layers_are_what_it_would_compute(backbone: Backbone, tmp_path: Path) -> None:
+    recipe = Recipe(steps=2, batch_size=4, frames=2, rank=4, shared=8, layers=1, vocabulary="off", words=16)
+    shape = AdapterShape(backbone.dims, 4, 8)
+    layers = shape.first_layers(1)
+    frames = np.random.default_rng(1).integers(0, 256, (4, 3, 3, 48, 48), dtype=np.uint8)
+    pairs = [Pair(i, text, str(i)) for i, text in enumerate(TEXTS[:4])]
+    learner = Learner(backbone, shape, shape.initial(0, 1), recipe)
+    with torch.inference_mode():
+        cached, computed = (
+            [
+                vectors
+                for part in Inputs(backbone, ArrayClips(frames), pairs, recipe, ALONE, layers, scratch).parts(1)
+                for vectors in learner.encode(part, first)
+            ]
+            for scratch, first in ((tmp_path, layers), (None, layers))
+        )
+        plain = [
+            vectors
+            for part in Inputs(backbone, ArrayClips(frames), pairs, recipe, ALONE, (0, 0), None).parts(1)
+            for vectors in learner.encode(part, (0, 0))
+        ]
+    for found, again, expected in zip(cached, computed, plain, strict=True):
+        near(found, expected)
+        near(again, expected)
 
 
 def test_only_a_causal_text_may_be_cut_and_packed() -> None:
