@@ -24,7 +24,8 @@ from backbone.towers import UnsupportedBackbone
 
 BUILTIN = "builtin"
 RANDOM = "random"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"(?:hf-hub:)?[\w.-]+/[\w.-]+")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a file that is not there
 
 
 class BackboneNotFound(ValueError):
@@ -120,7 +121,7 @@ def _create(name: str, pretrained: str, seed: int) -> tuple[torch.nn.Module, dic
         model = _downloaded(name, pretrained, published[0])
     elif Path(pretrained).is_file():
         model = _loaded(name, pretrained)
-    elif REPOSITORY.fullmatch(pretrained):
+    elif REPOSITORY.fullmatch(pretrained) and Path(pretrained).suffix not in SUFFIXES:
         file, config = _repository(name, pretrained)
         published = [config["preprocess_cfg"]] if "preprocess_cfg" in config else published
         model = _loaded(name, file, bool(config["model_cfg"].get("quick_gelu")))
@@ -162,6 +163,7 @@ def _downloaded(name: str, tag: str, found: dict[str, Any]) -> torch.nn.Module:
 
 def _repository(name: str, repository: str) -> tuple[str, dict[str, Any]]:
     """The weights file of a repository, and its `open_clip_config.json`."""
+    repository = repository.removeprefix("hf-hub:")
     try:
         with hub():
             config = json.loads(Path(hf_hub_download(repository, "open_clip_config.json")).read_text())

@@ -137,6 +137,7 @@ def test_every_weight_is_frozen() -> None:
         ("ViT-Q-1", "random", "no backbone named"),
         ("ViT-B-32", None, "needs --pretrained"),
         ("ViT-B-32", "no-such-tag", "neither a file nor one of its tags"),
+        ("ViT-B-32", "weights/clip.safetensors", "neither a file nor one of its tags"),
         ("builtin", "openai", "brings its own weights"),
     ],
 )

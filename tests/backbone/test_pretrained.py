@@ -118,7 +118,7 @@ def test_weights_come_from_a_repository_of_the_hub_with_its_own_pictures(tmp_pat
         f"{root}/open_clip_model.safetensors": (tmp_path / "weights.safetensors").read_bytes(),
     }
     with hub(files) as address:
-        found = load(address, tmp_path / "home", "owner/name")
+        found = load(address, tmp_path / "home", "hf-hub:owner/name")
         missing = load(address, tmp_path / "home", "owner/none")
     assert found.returncode == 0, found.stderr
     assert "(0.5, 0.5, 0.5) Form(side=224, resize_mode='squash', interpolation='bicubic')" in found.stdout
