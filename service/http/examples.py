@@ -43,7 +43,7 @@ _ADAPTER_ROW = {
 _MANIFEST = {
     "digest": "2c26b46b", "backbone": "7d865e95", "rank": 8, "shared": 4, "scope": "both", "parameters": 517120,
     "size": 2071552, "recipe": {"epochs": 20}, "metrics": _ADAPTER_ROW["metrics"], "data": {"train": {"videos": 80}},
-    "parent": None, "created_at": _TIME, "format": "polyclip-adapter/1",
+    "vocabulary": 53, "words": ["halo", "zone"], "parent": None, "created_at": _TIME, "format": "polyclip-adapter/1",
 }  # fmt: skip
 _TENANT_ROW = {"id": f"ten_{_ID}", "name": "acme", "quotas": {"max_videos": 1000}, "created_at": _TIME}
 _KEY_ROW = {
