@@ -39,7 +39,7 @@ class _ResidualTower:
     def __init__(self, name: str, holder: Any, which: str) -> None:
         resblocks: Any = getattr(getattr(holder, "transformer", None), "resblocks", ())
         if not len(resblocks) or any(type(block) is not ResidualAttentionBlock for block in resblocks):
-            raise UnsupportedBackbone(f"{name}: the {which} tower has no blocks of a kind that is computed here")
+            raise UnsupportedBackbone(f"{name}: the {which} tower has no plain residual blocks")
         self._holder, self._resblocks = holder, resblocks
         self.blocks: Sequence[Block] = [ResidualBlock(block) for block in resblocks]
         self.width: int = resblocks[0].ln_1.normalized_shape[0]
