@@ -136,8 +136,12 @@ class Backbone:
         return tokens[:, : int(self._text.ends(tokens).max()) + 1]
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) → (B,) how many of each row are the text's own, start and end included."""
-        return self._text.ends(tokens) + 1 if self.causal else torch.full((len(tokens),), tokens.shape[1])
+        """tokens (B, L) → (B,) how many of each row are the text's own, start and end included: without the padding."""
+        if self.causal:
+            return self._text.ends(tokens) + 1
+        own = tokens != tokens[:, -1:]  # two equal tokens or more at the end are padding
+        last = tokens.shape[1] - own.flip(1).to(torch.int8).argmax(1)  # B: behind the last token that is another
+        return torch.where(last < tokens.shape[1] - 1, last, tokens.shape[1])
 
     def encode_text(
         self, tokens: Tensor, adapters: Adapters = None, *, prefix: Prefix | None = None, recompute: bool = False

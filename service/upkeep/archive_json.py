@@ -137,6 +137,7 @@ class AdapterManifest(Part):
     recipe: Facts
     metrics: Annotated[Facts, AfterValidator(_metrics)]
     data: Annotated[Facts, AfterValidator(_data)]
+    words: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1000)] = []
     parent: Annotated[str, Field(max_length=64)] | None = None
     created_at: Time
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import small
 from torch import Tensor
 
 from backbone import VOCABULARY_ROWS, Adapter, AdapterShape, AdapterStack, Backbone, FlatAdapter, Graphs, Slots, load_backbone
@@ -135,3 +136,11 @@ def test_rows_count_among_an_adapters_values_and_change_no_other(backbone: Backb
     assert all(torch.equal(fresh[name], tensor) for name, tensor in plain.initial(3, start="small").items())
     with pytest.raises(ValueError, match="vision"):
         AdapterShape(backbone.dims, shared=0, scope="vision", vocabulary=(1,))
+
+
+def test_padding_is_not_of_the_text(backbone: Backbone) -> None:
+    assert backbone.lengths(backbone.tokenize(["a red ball", ""]).ids).tolist() == [5, 2]
+    whole = small("ViT-B-16-SigLIP2")  # its attention is not causal, so that nothing is cut off
+    assert not whole.causal
+    tokens = torch.tensor([[5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 4], [5, 6, 7, 8, 9, 0]])
+    assert whole.lengths(tokens).tolist() == [3, 1, 6, 6]

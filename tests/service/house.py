@@ -74,7 +74,9 @@ class House:
         shape = AdapterShape(backbone.dims, rank=2, shared=0, scope=scope)
         tensors = {name: 30 * tensor for name, tensor in shape.initial(seed).items()}
         data = adapters_store.pack(shape, backbone.fingerprint, tensors)
-        manifest = adapters_store.describe(data, data={"validation_videos": list(held_out)}, recipe={"seed": seed})
+        manifest = adapters_store.describe(
+            data, data={"validation_videos": list(held_out)}, recipe={"seed": seed}, words=["kilo"]
+        )
         version = publish(self.storage, self.encoder, self.tenant.id, collection.id, data, manifest)
         self.activate(collection, version.id)
         return version

@@ -154,7 +154,7 @@ def test_adapters_keep_their_digests_and_name_their_videos_by_the_new_ids(house:
     videos = other.videos("adapters")
     held_out = [videos["clip-0.mp4"].id, videos["clip-2.mp4"].id]
     assert there[1].manifest["data"]["validation_videos"] == sorted(held_out)
-    assert there[1].manifest["recipe"] == {"seed": 2}
+    assert (there[1].manifest["recipe"], there[1].manifest["words"]) == ({"seed": 2}, ["kilo"])
     assert other.activate(other.collection("adapters"), there[0].id) == 4, "the first one's vectors were left behind"
 
 
