@@ -21,7 +21,7 @@ from service.settings import Settings
 from service.upkeep import delete
 from service.upkeep.fsck import Fsck
 
-REST_SECONDS = 120.0
+REST_SECONDS = 300.0
 TOLERANCE = 2e-3  # of a score: vectors are kept as float16
 ENDS = {"index_video": ("succeeded", "cancelled")}  # cancelled: the video was deleted meanwhile
 

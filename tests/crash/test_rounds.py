@@ -20,7 +20,7 @@ KINDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_what_was_promised_survives_kill_9(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).parent), "--rounds", str(len(KINDS)), "--data", str(tmp_path / "crash")]
     run = subprocess.run([*command, *(f"--only={kind}" for kind in KINDS)], capture_output=True, text=True)
