@@ -98,7 +98,7 @@ def test_the_command_writes_an_adapter_that_fits_its_backbone(tmp_path: Path, ba
     assert manifest.digest == events[-1]["digest"]
     assert manifest.recipe["steps"] == 4
     assert manifest.data["train_videos"] + len(manifest.data["validation_videos"]) == 12
-    assert manifest.parameters == 55_584, "rank 8, 16 shared rows, built-in backbone"
+    assert manifest.vocabulary and manifest.parameters == 55_584 + 128 * manifest.vocabulary, "rank 8, 16 shared rows, built-in"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.safetensors", "manifest.json"]
 
 
@@ -233,7 +233,7 @@ def test_the_paper_preset_is_what_the_paper_says() -> None:
 
 def test_the_figures_of_a_small_set_carry_their_number_and_are_no_evidence(tmp_path: Path) -> None:
     dataset = _dataset_on_disk(tmp_path, 20)
-    recipe = json.dumps({"steps": 2, "batch_size": 4, "frames": 1, "evaluations": 1})
+    recipe = json.dumps({"steps": 10, "batch_size": 4, "frames": 1, "evaluations": 1})  # two a fold
     status, events = run_training("--dataset", str(dataset), "--out", str(tmp_path / "out"), "--recipe", recipe)
     done = events[-1]
     assert status == 0 and done["queries"] < 30 and done["not_enough_evidence"] is True
