@@ -290,19 +290,20 @@ def backbones(as_json: AsJson = False) -> None:
     if as_json:
         out.print_json(data=[choice.to_json() for choice in found])
         return
-    right = [
-        Column(name, justify="right") for name in ("million values", "pixels", "words", "frame", "text", "MSR-VTT", "COCO")
-    ]
-    table = Table(Column("--backbone", no_wrap=True), Column("--pretrained", overflow="fold"), *right, "licence")
+    names = ("M", "pixels", "words", "frame", "text", "MSR-VTT", "COCO")
+    right = [Column(name, justify="right", no_wrap=True) for name in names]
+    left = [Column(name, no_wrap=True) for name in ("--backbone, --pretrained", "licence")]
+    table = Table(left[0], *right, left[1], box=None, padding=(0, 1, 0, 0))  # as wide as an ordinary terminal
     for one in found:
         scores = [max((told.get(name, 0.0) for told in one.zero_shot.values()), default=0.0) for name in ("msrvtt", "coco")]
         costs = (f"{one.parameters / 1e6:.0f}", f"{one.image_size}", f"{one.context_length}", f"{one.frame:g}", f"{one.text:g}")
-        table.add_row(
-            one.name, " ".join(one.tags), *costs, *(f"{score:.1f}" if score else "–" for score in scores), one.licence
-        )
+        table.add_row(one.name, *costs, *(f"{score:.1f}" if score else "–" for score in scores), one.licence)
+        for tag in one.tags:
+            table.add_row(f"  {tag}")
     out.print(table)
     out.print(
-        "frame, text: cost, ViT-B-32's being 1. MSR-VTT, COCO: published R@1 from text without training, of the best tag;"
+        "M: million values. frame, text: cost, ViT-B-32's being 1. MSR-VTT, COCO: published R@1 from text without training,"
+        " of the best tag;"
         " --json has each with its source. Any other open_clip model with towers of these kinds runs too. `builtin` only"
         " knows the demo's world.",
         soft_wrap=True,

@@ -350,8 +350,9 @@ def giant(data: bytes) -> Iterator[bytes]:
 
 
 def flipped(data: bytes) -> Iterator[bytes]:
-    """A bit here and there, in headers, contents and checksums."""
-    for position in range(3, len(data) - 1024, len(data) // 40):
+    """A bit here and there, in headers, contents and checksums; not in the padding, which is zero."""
+    for start in range(3, len(data) - 1024, len(data) // 40):
+        position = next(place for place in range(start, len(data)) if data[place])
         yield data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
 
 
