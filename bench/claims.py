@@ -336,8 +336,9 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
                 active = " ".join("yes" if row["activated"] else "no" for row in runs)
                 worse = sum(row["activated"] and row["test"]["R@1"] < row["zero_shot"]["R@1"] for row in runs)
                 gate.append([f"{world}, {n} scenes", before, after, active, str(worse)])
-    gated = table(("", "R@1 before, by seed", "after", "activated", "activated and worse"), gate)
-    parts.append(f"### What the gate lets through: the default recipe on few scenes\n\n{gated}")
+    if gate:
+        gated = table(("", "R@1 before, by seed", "after", "activated", "activated and worse"), gate)
+        parts.append(f"### What the gate lets through: the default recipe on few scenes\n\n{gated}")
     sizes = {f"r {r}, d_s 16": {**BOTH, "rank": r} for r in (2, 4, 16)} | {"r 8, d_s 64": {**BOTH, "shared": 64}}
     sizes = {"r 8, d_s 16": BOTH, "r 8, d_s 0": UNSHARED, **sizes, "r 8, d_s 16, the paper's start": {**BOTH, "start": "small"}}
     sizes |= {f"r 8, d_s 16, last {k} of 4 layers": {**BOTH, "layers": k} for k in (1, 2)}
