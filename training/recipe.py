@@ -107,6 +107,8 @@ class Recipe(BaseModel):
     def shape(self, dims: TowerDims) -> AdapterShape:
         """The adapter's shape on towers of these dimensions. An adapter of one tower shares nothing. Raises InvalidRecipe."""
         shared = self.shared if self.scope == "both" else 0
+        if self.scope == "vision" and isinstance(self.vocabulary, int):
+            raise InvalidRecipe(f"recipe.vocabulary is {self.vocabulary}, but an adapter of scope vision learns no words")
         try:
             return AdapterShape(dims, self.rank, shared, self.scope)
         except ValueError as error:

@@ -77,7 +77,12 @@ def backward(learner: Learner, parts: Sequence[Part], clips: Tensor, first_layer
 
 
 def contrastive_loss(texts: Tensor, frames: Tensor, clips: Tensor, scale: float, recipe: Recipe) -> Tensor:
-    """Symmetric cross-entropy of texts (B, D) with the frames (B, F, D) of their videos; `scale` is exp(logit_scale).
+    """The mean of `pair_losses`."""
+    return pair_losses(texts, frames, clips, scale, recipe).mean()
+
+
+def pair_losses(texts: Tensor, frames: Tensor, clips: Tensor, scale: float, recipe: Recipe) -> Tensor:
+    """(B,) symmetric cross-entropy of texts (B, D) with the frames (B, F, D) of their videos; `scale` is exp(logit_scale).
 
     Two rows of one clip (`clips`, (B,)) are not each other's negatives.
     """
@@ -85,7 +90,7 @@ def contrastive_loss(texts: Tensor, frames: Tensor, clips: Tensor, scale: float,
     twins = (clips[:, None] == clips).fill_diagonal_(False)
     logits = (scale * similarity).masked_fill(twins, -torch.inf)  # (B, B)
     target = torch.arange(len(texts), device=texts.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
 
 
 def _on(backbone: Backbone, prefix: Prefix | None) -> Any:

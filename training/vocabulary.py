@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from backbone import VOCABULARY_ROWS, AdapterShape, Backbone, mean_pool, q_score
+from backbone import VOCABULARY_ROWS, AdapterShape, Backbone
 from training.dataset import Clips, Pair
 from training.evaluation import encode_clips, encode_texts
 from training.recipe import Recipe
+from training.step import pair_losses
 
 ASKED = 512  # pairs whose captions are judged, at most
 LEAST_RATE = 0.1  # of a word that the backbone knows
@@ -37,19 +37,22 @@ class Plan:
     rates: tuple[float, ...] = ()
 
     def with_ids(self, more: Sequence[int]) -> Plan:
-        """With the tokens of an adapter that is continued, those that this plan has not at the least rate."""
-        rates = dict.fromkeys(more, LEAST_RATE) | dict(zip(self.ids, self.rates, strict=True))
-        return Plan(tuple(sorted(rates)), tuple(rates[token] for token in sorted(rates)))
+        """With the tokens of an adapter that is continued, which come first where there is no room for all; those that this
+        plan has not at the least rate.
+        """
+        planned = dict(zip(self.ids, self.rates, strict=True))
+        ids = sorted(list(dict.fromkeys([*more, *self.ids]))[:VOCABULARY_ROWS])
+        return Plan(tuple(ids), tuple(planned.get(token, LEAST_RATE) for token in ids))
 
 
 def plan(backbone: Backbone, shape: AdapterShape, clips: Clips, pairs: Sequence[Pair], recipe: Recipe) -> Plan:
-    """The tokens of the captions whose captions the frozen backbone tells apart worst, summed over the captions.
+    """The tokens whose captions the frozen backbone tells apart worst, summed over the captions.
 
     The rate of a token is the mean of its captions' contrastive loss, as a share of chance's (the logarithm of the batch
-    size), between LEAST_RATE and 1. `auto` takes tokens of two pairs or more, and keeps the adapter under SHARE of the
-    backbone's values.
+    size), between LEAST_RATE and 1. ASKED captions are judged; a token that is in none of them counts as their mean. `auto`
+    takes tokens of two pairs or more, and keeps the adapter under SHARE of the backbone's values.
     """
-    if recipe.vocabulary == "off" or shape.scope == "vision" or recipe.method == "full":
+    if recipe.vocabulary == "off" or shape.scope == "vision":
         return Plan()
     if recipe.vocabulary == "auto":
         room = (math.floor(SHARE * backbone.parameters) - shape.parameters) // shape.dims.text_width
@@ -57,17 +60,18 @@ def plan(backbone: Backbone, shape: AdapterShape, clips: Clips, pairs: Sequence[
     else:
         most, least = recipe.vocabulary, 1
     drawn = np.random.default_rng(recipe.seed).permutation(len(pairs))[:ASKED]
-    asked = [pairs[i] for i in drawn]
-    losses = _losses(backbone, clips, asked, recipe)
-    counts, sums = Counter[int](), Counter[int]()
-    tokens = backbone.tokenize([pair.text for pair in asked], recipe.words).ids
-    for row, length, loss in zip(tokens.tolist(), backbone.lengths(tokens).tolist(), losses.tolist(), strict=True):
-        for token in set(row[:length]):
-            counts[token] += 1
-            sums[token] += loss
-    wanted = sorted((token for token in counts if counts[token] >= least), key=lambda t: (-sums[t], t))[:most]
-    ids = tuple(sorted(wanted))
-    return Plan(ids, tuple(min(1.0, max(LEAST_RATE, sums[token] / counts[token])) for token in ids))
+    losses = _losses(backbone, clips, [pairs[i] for i in drawn], recipe).tolist()
+    tokens = backbone.tokenize([pair.text for pair in pairs], recipe.words).ids
+    texts = [set(row[:end]) for row, end in zip(tokens.tolist(), backbone.lengths(tokens).tolist(), strict=True)]
+    counts = Counter(token for text in texts for token in text)
+    judged: dict[int, list[float]] = {}
+    for i, loss in zip(drawn.tolist(), losses, strict=True):
+        for token in texts[i]:
+            judged.setdefault(token, []).append(loss)
+    found = {token: judged.get(token, losses) for token, count in counts.items() if count >= least}
+    share = {token: sum(own) / len(own) for token, own in found.items()}
+    ids = sorted(sorted(share, key=lambda token: (-counts[token] * share[token], token))[:most])
+    return Plan(tuple(ids), tuple(min(1.0, max(LEAST_RATE, share[token])) for token in ids))
 
 
 def moved(shape: AdapterShape, rows: Tensor, backbone: Backbone) -> list[int]:
@@ -99,12 +103,7 @@ def _losses(backbone: Backbone, clips: Clips, pairs: Sequence[Pair], recipe: Rec
     for first in range(0, len(pairs), size):
         last = min(len(pairs), first + size)
         chosen = range(max(0, last - size), last)  # the last batch takes some again, to be as large
-        own = torch.tensor([place[pairs[i].clip] for i in chosen])
-        some = texts[chosen.start : chosen.stop]
-        score = mean_pool(some, frames[own]) if recipe.pooling == "mean" else q_score(some, frames[own], recipe.temperature)
-        twins = (own[:, None] == own).fill_diagonal_(False).to(score.device)
-        logits = (backbone.logit_scale * score).masked_fill(twins, -torch.inf)
-        target = torch.arange(size, device=score.device)
-        loss = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+        own = torch.tensor([place[pairs[i].clip] for i in chosen], device=frames.device)
+        loss = pair_losses(texts[chosen.start : chosen.stop], frames[own], own, backbone.logit_scale, recipe)
         found.append(loss[first - last :].cpu() / math.log(max(2, size)))
     return torch.cat(found)

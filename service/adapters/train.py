@@ -148,7 +148,7 @@ def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
     if wanted == "never":
         return False, "asked not to activate"
     now, rival = ("in_use", "the adapter in use") if "in_use" in metrics else ("before", "no adapter")
-    crossed = metrics.get("cross_validation", {})
+    crossed = metrics.get("cross_validation") or {}
     if metrics.get("not_enough_evidence") and now == "before" and crossed.get("queries", 0) >= MINIMUM_QUERIES:
         metrics = crossed
     elif metrics.get("not_enough_evidence"):
@@ -157,9 +157,10 @@ def verdict(metrics: Mapping[str, Any], wanted: str) -> tuple[bool, str]:
         return False, f"not enough evidence: {queries} held-out queries, {needed}"
     before, after = (metrics[side]["text_to_video"]["R@1"] for side in (now, "after"))
     told = f"{'cross-validated' if metrics is crossed else 'validation'} R@1 is {after:g}, and {before:g} with {rival}"
-    for gain, what in ((metrics["gain"], "R@1"), (metrics["rank_gain"], "log rank")):
-        told += f"; gain of {what} {gain['mean']:+.4g}, 95 % interval {gain['low']:+.4g} to {gain['high']:+.4g}"
-    return after >= before and metrics["rank_gain"]["low"] >= 0, told
+    for name, what in (("gain", "R@1"), ("rank_gain", "log rank")):
+        if (gain := metrics.get(name)) is not None:  # a version before the rank's gain was measured is judged without it
+            told += f"; gain of {what} {gain['mean']:+.4g}, 95 % interval {gain['low']:+.4g} to {gain['high']:+.4g}"
+    return after >= before and metrics.get("rank_gain", {"low": 0.0})["low"] >= 0, told
 
 
 def _train(

@@ -125,6 +125,15 @@ def test_the_gate_stays_shut_where_there_is_not_enough_evidence() -> None:
     assert learning.verdict(metrics, "if_better")[0]
 
 
+def test_a_cross_validation_that_could_not_be_had_is_no_evidence_and_a_version_from_before_is_judged_by_what_it_has() -> None:
+    sides: dict[str, Any] = {
+        name: {"text_to_video": {"R@1": value, "queries": 9}} for name, value in (("before", 1.0), ("after", 2.0))
+    }
+    few = {**sides, "gain": {}, "rank_gain": {}, "not_enough_evidence": True, "cross_validation": None}
+    assert learning.verdict(few, "if_better")[0] is False
+    assert learning.verdict({**sides, "gain": {"mean": 1.0, "low": -2.0, "high": 4.0}}, "if_better")[0] is True
+
+
 @pytest.mark.parametrize(
     ("queries", "low", "in_use", "opens"),
     [(30, 0.1, False, True), (29, 0.1, False, False), (30, -0.1, False, False), (30, 0.1, True, False)],

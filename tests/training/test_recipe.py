@@ -64,3 +64,9 @@ def test_epochs_that_are_asked_for_are_what_is_trained() -> None:
     assert Recipe.of({"epochs": 2, "minimum_steps": 50}).total_steps(320) == 50
     assert Recipe.of({}).total_steps(20) == 300
     assert Recipe.of(Recipe.of({"epochs": 2}).to_json()) == Recipe.of({"epochs": 2})
+
+
+def test_words_that_are_asked_for_need_the_text_tower() -> None:
+    with pytest.raises(InvalidRecipe, match="vocabulary is 5, but an adapter of scope vision"):
+        Recipe(scope="vision", vocabulary=5).shape(DIMS)
+    assert not Recipe(scope="vision").shape(DIMS).vocabulary

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adapters_store import Artifact
-from backbone import AdapterShape, Backbone, load_backbone, q_score, to_pixels
+from backbone import VOCABULARY_ROWS, AdapterShape, Backbone, load_backbone, q_score, to_pixels
 from training.dataset import ArrayClips, Dataset, InvalidDataset, Pair, pick_frames
 from training.inputs import Inputs
 from training.optimiser import optimiser_of, warmup_cosine
@@ -384,6 +384,24 @@ def test_so_many_rows_as_asked_for_and_none_of_a_token_that_is_in_one_pair_alone
     assert flamingo and not flamingo & set(found("auto")) and flamingo <= set(found(100))
     assert len(found(3)) == 3 and set(found(3)) <= set(found(100)) and list(found(100)) == sorted(found(100))
     assert found("off") == ()
+
+
+def test_a_rare_word_gets_its_row_though_not_every_caption_is_judged(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = colours()
+    recipe = Recipe(batch_size=5)
+    shape = recipe.shape(backbone.dims)
+    whole = plan(backbone, shape, data.clips, data.pairs, recipe)
+    monkeypatch.setattr("training.vocabulary.ASKED", 2)
+    few = plan(backbone, shape, data.clips, data.pairs, recipe)
+    assert few.ids == whole.ids and len(few.rates) == len(few.ids)
+
+
+def test_a_continued_adapters_words_come_first_where_there_is_no_room_for_all() -> None:
+    full = Plan(tuple(range(VOCABULARY_ROWS)), (1.0,) * VOCABULARY_ROWS).with_ids((3, 9000))
+    assert len(full.ids) == len(full.rates) == VOCABULARY_ROWS and list(full.ids) == sorted(full.ids)
+    assert {3, 9000} <= set(full.ids) and full.rates[full.ids.index(9000)] < full.rates[full.ids.index(3)] == 1.0
 
 
 def test_an_adapter_that_is_continued_keeps_the_words_that_it_knows(backbone: Backbone) -> None:
