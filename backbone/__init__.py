@@ -3,7 +3,7 @@
 from backbone.adapter import Adapter, AdapterShape, Scope, Start, TowerDims
 from backbone.graphs import Graphs
 from backbone.images import Form, to_pixels
-from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone
+from backbone.load import BUILTIN, RANDOM, BackboneNotFound, load_backbone, pretrained_tags
 from backbone.model import Adapters, Backbone, Prefix, Tokens
 from backbone.similarity import TEMPERATURE, mean_pool, q_score, rescore, rescore_all
 from backbone.stack import AdapterStack, FlatAdapter, Slots
@@ -33,6 +33,7 @@ __all__ = [
     "UnsupportedBackbone",
     "load_backbone",
     "mean_pool",
+    "pretrained_tags",
     "q_score",
     "rescore",
     "rescore_all",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from backbone.hub import hub, place, reason
 from backbone.model import Backbone
+from backbone.room import check_room
 from backbone.tokenizer import FILES, FolderTokenizer
 from backbone.towers import UnsupportedBackbone
 
@@ -30,6 +31,11 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of a file that is not ther
 
 class BackboneNotFound(ValueError):
     """No architecture, tag or file of this name."""
+
+
+def pretrained_tags(name: str) -> list[str]:
+    """The weights that open_clip knows for an architecture, and `random`; none where there is no such architecture."""
+    return [*open_clip.list_pretrained_tags_by_model(name), RANDOM] if name in open_clip.list_models() else []
 
 
 def load_backbone(
@@ -57,6 +63,8 @@ def load_backbone(
         raise BackboneNotFound(f"{name} needs --pretrained: a tag ({', '.join(tags)}), a file, or 'random'")
     try:
         words = _tokenizer(name, pretrained, tokenizer)
+        with _quiet():
+            check_room(name, device)
         model, config = _create(name, pretrained, seed)
         return Backbone(name, model, words, device=device, dtype=dtype, **config)
     except (BackboneNotFound, UnsupportedBackbone):

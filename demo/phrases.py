@@ -88,7 +88,8 @@ class Facts:
         has = ((asked == self.groups[None, :, None]) | (asked == ANY)).all(-1)  # P, S, asked, there
         ground = np.array([phrase.ground for phrase in phrases], np.int8)[:, None]
         there: NDArray[np.bool_] = has[..., 0, 0] & has[..., 1, 1] | has[..., 0, 1] & has[..., 1, 0]
-        return there & ((ground == ANY) | (ground == self.ground))
+        there &= (ground == ANY) | (ground == self.ground)
+        return there
 
 
 def draw_phrase(scene: Scene, rng: np.random.Generator, facts: int | None = None) -> Phrase:

@@ -12,7 +12,20 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.adapters.encoder import Encoder
-from service.http import adapters, admin, archive, collections, document, health, media, problems, search, tasks, videos
+from service.http import (
+    adapters,
+    admin,
+    archive,
+    backbones,
+    collections,
+    document,
+    health,
+    media,
+    problems,
+    search,
+    tasks,
+    videos,
+)
 from service.http.auth import Services
 from service.http.metrics import Inside
 from service.http.middleware import Head, Metrics, Observe
@@ -38,6 +51,7 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
             secret = facts.fact(connection, "signing_secret")
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
+        await to_thread.run_sync(own.load_those_in_use)
         searcher, guesses = Searcher(storage, own), Guesses(settings.wrong_keys)
         app.state.services = Services(storage, own, searcher, jobs, secret, guesses)
         app.state.metrics.registry.register(Inside(own, searcher))
@@ -59,7 +73,7 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
     app.add_middleware(Head)
     problems.install(app)
-    for module in (search, collections, videos, tasks, adapters, admin, archive, media, health):
+    for module in (search, collections, backbones, videos, tasks, adapters, admin, archive, media, health):
         app.include_router(module.router)
     document.install(app)
     return app

@@ -48,8 +48,10 @@ OTHERS = {  # by module and class; a subclass without an entry has its parent's
     "backbone.batcher:DeadlinePassed": Kind("overloaded", 503, None, _AGAIN),
     "builtins:TimeoutError": Kind("overloaded", 503, None, _AGAIN),
     "backbone.batcher:BatcherClosed": Kind("shutting_down", 503, None, _AGAIN),
-    "backbone.load:BackboneNotFound": Kind("backbone_not_found", None, "worker_failed", "mend --backbone and --pretrained"),
-    "backbone.towers.tower:UnsupportedBackbone": Kind("unsupported_backbone", None, "worker_failed", "take another backbone"),
+    "backbone.load:BackboneNotFound": Kind("backbone_not_found", 503, "backbone_not_found", "mend --backbone and --pretrained"),
+    "backbone.towers.tower:UnsupportedBackbone": Kind(
+        "unsupported_backbone", 503, "unsupported_backbone", "take another backbone"
+    ),
     "indexer.frames:DamagedFrames": Kind("frames_damaged", 503, "frames_damaged", "`polyclip fsck --deep --repair`"),
     "training.recipe:InvalidRecipe": Kind("invalid_recipe", 422, "invalid_recipe", "mend the field (docs/training.md)"),
     "training.dataset:InvalidDataset": Kind("invalid_dataset", None, "invalid_dataset", "mend the file (docs/datasets.md)"),

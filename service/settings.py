@@ -35,6 +35,11 @@ class Settings(BaseSettings):
     pretrained: str | None = Field(
         None, description="Weights of that model: a tag, a file, a repository of the hub, or `random`."
     )
+    backbones: tuple[str, ...] | None = Field(
+        None,
+        description="What collections may be changed to, a JSON list of NAME or NAME:WEIGHTS; default: the built-in one, and "
+        "open_clip's models with the weights that it knows.",
+    )
     tokenizer: Path | None = Field(
         None,
         description="Folder of its tokenizer, where that does not come with open_clip; default: beside the file, or the hub.",

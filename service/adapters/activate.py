@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 from indexer.frames import DamagedFrames
-from service.adapters import adapter_rows
+from service.adapters import adapter_rows, backbones
+from service.adapters.backbones import BackboneChoice
 from service.adapters.encoder import Encoder
 from service.jobs.task_rows import Task
 from service.storage import collection_rows, generation_rows, segment_rows
@@ -56,19 +57,25 @@ def activate(
     progress: Tell,
     spread: Spread | None = None,
     asked: str | None = None,
+    choice: BackboneChoice | None = None,
 ) -> Activation:
     """Builds what is missing and switches. Searches see the old generation, then the new one, never a mixture.
 
+    An adapter brings the backbone that it was made for; without one, it is the frozen backbone that is in use, or `choice`.
     `spread` sees to it that `fill_chunk` runs for each of the chunks that it is given. `asked`: when this was wanted; of two
     activations at once, the one that was asked for later counts, and the other raises Superseded. Raises NotFound if
-    collection or adapter is gone. However it ends, no generation is left building for it; a crash leaves one, for the next
-    start of the task to go on with, or for `generation_rows.retire_abandoned`.
+    collection or adapter is gone, TooManyBackbones, BackboneNotFound, UnsupportedBackbone. However it ends, no generation is
+    left building for it; a crash leaves one, for the next start of the task to go on with, or for
+    `generation_rows.retire_abandoned`.
     """
     spread = spread or partial(_spread, storage, encoder, decoders, tenant)
-    embedded = 0
+    embedded, backbone = 0, None
+    if choice is not None:
+        progress(Progress("loading the backbone", 0, 1))
+        backbone = encoder.load(choice).result().backbone.fingerprint
     try:
         while True:
-            generation, missing = _round(storage, encoder, tenant, collection_id, adapter_id, asked)
+            generation, missing = _round(storage, tenant, collection_id, adapter_id, asked, backbone, choice)
             if not missing:
                 return Activation(generation, embedded)
             before, total = embedded, embedded + len(missing)
@@ -83,7 +90,8 @@ def activate(
     except BaseException:
         with storage.database.write() as connection:
             for generation in generation_rows.generations_of(connection, tenant, collection_id):
-                if generation.adapter_id == adapter_id and generation.state == "building":
+                mine = generation.adapter_id == adapter_id and backbone in (None, generation.backbone)
+                if mine and generation.state == "building":
                     generation_rows.set_generation_state(connection, tenant, generation.id, "retired")
         raise
 
@@ -101,12 +109,14 @@ def activate_adapter(
     progress: Tell,
     spread: Spread | None = None,
 ) -> dict[str, Any]:
-    """Activates an adapter, or the frozen backbone, as a task asks; returns its result."""
-    adapter = task.request["adapter_id"]
+    """Activates an adapter, or a frozen backbone, as a task asks; returns its result."""
+    adapter, backbone = task.request["adapter_id"], task.request.get("backbone")
+    choice = None if backbone is None else BackboneChoice.of(backbone)
+    collection = str(task.collection_id)
     done = activate_and_tell(
-        storage, encoder, decoders, tenant, str(task.collection_id), adapter, progress, spread, asked=task.created_at
+        storage, encoder, decoders, tenant, collection, adapter, progress, spread, asked=task.created_at, choice=choice
     )
-    return {"adapter_id": adapter, **done}
+    return {"adapter_id": adapter, **({} if backbone is None else {"backbone": backbone}), **done}
 
 
 def activate_and_tell(
@@ -119,10 +129,11 @@ def activate_and_tell(
     progress: Tell,
     spread: Spread | None,
     asked: str,
+    choice: BackboneChoice | None = None,
 ) -> dict[str, Any]:
     """`activate`: what came of it, for the task's result."""
     try:
-        active = activate(storage, encoder, decoders, tenant, collection_id, adapter_id, progress, spread, asked)
+        active = activate(storage, encoder, decoders, tenant, collection_id, adapter_id, progress, spread, asked, choice)
     except Superseded as error:
         return {"activated": False, "reason": str(error)}
     return {"activated": True, "generation_id": active.generation.id, "embedded": active.embedded}
@@ -162,21 +173,31 @@ def fill_chunk(
 
 
 def _round(
-    storage: Storage, encoder: Encoder, tenant: str, collection_id: str, adapter_id: str | None, asked: str | None
+    storage: Storage,
+    tenant: str,
+    collection_id: str,
+    adapter_id: str | None,
+    asked: str | None,
+    backbone: str | None = None,
+    choice: BackboneChoice | None = None,
 ) -> tuple[Generation, list[str]]:
     """The generation of an adapter (None: zero-shot) and the ready videos that it lacks; with none lacking it is active now.
 
     A text-only adapter leaves the video tower as it is: its generation searches the vectors of the zero-shot one.
     """
-    backbone = encoder.backbone.fingerprint
     with storage.database.write() as connection:
-        if collection_rows.lock_collection(connection, tenant, collection_id) is None:
+        collection = collection_rows.lock_collection(connection, tenant, collection_id)
+        if collection is None:
             raise NotFound("collection", collection_id)
         scope = None
         if adapter_id is not None:
-            scope = adapter_rows.adapter(connection, tenant, collection_id, adapter_id).manifest["scope"]
+            manifest = adapter_rows.adapter(connection, tenant, collection_id, adapter_id).manifest
+            scope, backbone = manifest["scope"], manifest["backbone"]
+        if backbone is None:
+            backbone = generation_rows.generation(connection, tenant, collection.active_generation_id).backbone
+        backbones.check_usable(connection, backbone)
         later = generation_rows.later_activation(connection, tenant, collection_id, asked) if asked is not None else None
-        if later is not None and later[1] != adapter_id:
+        if later is not None and later[1:] != (adapter_id, None if choice is None else choice.to_json()):
             raise Superseded(f"another activation was asked for later, by {later[0]}")
         known = {
             g.adapter_id: g for g in generation_rows.generations_of(connection, tenant, collection_id) if g.backbone == backbone

@@ -6,70 +6,82 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import DamagedAdapter, Fit, Lease, Residency, slots_of
-from backbone import BUILTIN, RANDOM, Backbone, Graphs, load_backbone, threads
+from backbone import BUILTIN, Backbone, Graphs, load_backbone, threads
 from backbone.batcher import Batcher
+from service.adapters import backbones
+from service.adapters.backbones import BackboneChoice, Beside, OtherBackbone
 from service.errors import PolyclipError
-from service.storage import facts
+from service.storage import facts, generation_rows
 from service.storage.blobs import BlobMissing, adapter_key
 from service.storage.generation_rows import Generation
 from service.storage.storage import Storage
+
+log = structlog.get_logger()
 
 CLOSE_SECONDS = 5.0
 CPU_FRAMES = 12  # of each thread in one forward there: more are no faster, and an upload waits for those before it
 
 
-class OtherBackbone(PolyclipError):
-    """The data folder, or a generation in it, was made with another backbone than the one at hand."""
+class Encoder:
+    """A backbone, its adapters and batchers, each made at its first use; safe to use from several threads.
 
-    code, status, task_code, hint = (
-        "other_backbone",
-        503,
-        "adapter_unusable",
-        "start with the data folder's own backbone",
-    )
+    A process has one, of the data folder's own backbone, and `of` gives that of another one that a collection is on. With
+    `beside`, it is such another one itself.
+    """
 
+    def __init__(self, storage: Storage, beside: BackboneChoice | None = None) -> None:
+        self.storage = storage
+        self._asked = beside
+        self._beside = Beside(storage, lambda choice: Encoder(storage, choice)) if beside is None else None
+        self._lock = threading.RLock()
 
-@dataclass(frozen=True, slots=True)
-class BackboneChoice:
-    name: str
-    pretrained: str | None
+    def of(self, fingerprint: str) -> Encoder:
+        """The encoder of the backbone with this fingerprint, waited for. Raises as `request_encoder` does and its future."""
+        return self.request_encoder(fingerprint).result()
+
+    def request_encoder(self, fingerprint: str) -> Future[Encoder]:
+        """`of`, on its way. Raises OtherBackbone for a backbone that is not known here."""
+        if fingerprint != self.backbone.fingerprint:
+            assert self._beside is not None
+            return self._beside.request(fingerprint)
+        done: Future[Encoder] = Future()
+        done.set_result(self)
+        return done
+
+    def load(self, choice: BackboneChoice) -> Future[Encoder]:
+        """The encoder of a backbone by its name, on its way: for a collection that is to be changed to it."""
+        if choice != self.choice:
+            assert self._beside is not None
+            return self._beside.load(choice)
+        done: Future[Encoder] = Future()
+        done.set_result(self)
+        return done
 
     @property
-    def caution(self) -> str | None:
-        """What its searches are worth where it has not learned from real pictures, and which one has."""
-        real = "for real videos take a new data folder and `--backbone ViT-B-32 --pretrained openai`"
-        if self.pretrained == RANDOM:
-            return f"this backbone has random weights, for tests and benchmarks: what it finds means nothing; {real}"
-        if self.name == BUILTIN and self.pretrained is None:
-            return f"the built-in backbone knows only the drawn world of `polyclip demo`: {real}"
-        return None
-
-
-class Encoder:
-    """One per process: backbone, adapters and batchers, each made at its first use; safe to use from several threads."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self._lock = threading.RLock()
+    def resident(self) -> list[Encoder]:
+        """Those whose backbones are in memory."""
+        beside = self._beside.held if self._beside else None
+        return [each for each in (self, beside) if each is not None and each.backbone_loaded]
 
     @cached_property
     def choice(self) -> BackboneChoice:
-        """The backbone that was asked for, or else the one that the data folder was made with."""
+        """The backbone that was asked for, or else the data folder's own."""
+        if self._asked is not None:
+            return self._asked
         if self.storage.settings.backbone is not None:
             return BackboneChoice(self.storage.settings.backbone, self.storage.settings.pretrained)
         with self.storage.database.read() as connection:
             recorded = facts.fact(connection, "backbone")
-        return BackboneChoice(recorded["name"], recorded["pretrained"]) if recorded else BackboneChoice("builtin", None)
+        return BackboneChoice.of(recorded) if recorded else BackboneChoice(BUILTIN, None)
 
     @cached_property
     def device(self) -> torch.device:
@@ -92,16 +104,14 @@ class Encoder:
         if self.storage.settings.threads is not None:
             torch.set_num_threads(self.storage.settings.threads)
         choice = self.choice
-        tokenizer = self.storage.settings.tokenizer
+        tokenizer = self.storage.settings.tokenizer if self._asked is None else None
         backbone = threads.apart(
             lambda: load_backbone(choice.name, choice.pretrained, self.device, dtype=self.dtype, tokenizer=tokenizer)
         )
-        pretrained = choice.pretrained
-        if pretrained is not None and Path(pretrained).is_file():
-            pretrained = str(Path(pretrained).absolute())
-        told = {"name": choice.name, "pretrained": pretrained, "fingerprint": backbone.fingerprint}
+        if self._asked is not None:
+            return backbone
         with self.storage.database.write() as connection:
-            recorded = facts.keep_fact(connection, "backbone", told)
+            recorded = backbones.claimed(connection, choice, backbone.fingerprint)
         if recorded["fingerprint"] != backbone.fingerprint:
             raise OtherBackbone(
                 f"this data folder was made with backbone {recorded['name']} ({recorded['fingerprint'][:12]}), "
@@ -157,6 +167,16 @@ class Encoder:
             encoder.warm()
         self.texts.submit((self.backbone.tokenize(["a video"]).ids[0], None)).result()
 
+    def load_those_in_use(self) -> None:
+        """Loads the backbone beside its own that collections search with; where that fails, so do their searches."""
+        with self.storage.database.read() as connection:
+            others = generation_rows.backbones_in_use(connection) - {self.backbone.fingerprint}
+        for fingerprint in others:
+            try:
+                self.of(fingerprint)
+            except (PolyclipError, ValueError) as error:
+                log.error("backbone_not_loaded", fingerprint=fingerprint[:12], reason=str(error))
+
     def check(self, generation: Generation) -> None:
         """Raises OtherBackbone for a generation whose vectors another backbone made."""
         if generation.backbone != self.backbone.fingerprint:
@@ -183,9 +203,15 @@ class Encoder:
             yield lease
 
     def prefetch(self, generation: Generation) -> None:
-        """Begins to load a generation's adapter, if it is for the backbone at hand."""
-        if generation.digest is not None and generation.backbone == self.backbone.fingerprint:
-            self.residency.prefetch(generation.digest, self.fetch(generation))
+        """Begins to load a generation's adapter, if its backbone is in memory."""
+        for each in self.resident:
+            if generation.digest is not None and generation.backbone == each.backbone.fingerprint:
+                each.residency.prefetch(generation.digest, each.fetch(generation))
+
+    def residency_of(self, digest: str) -> str:
+        """Where an adapter is: active, inactive, loading or offloaded."""
+        states = [each.residency.states().get(digest, "offloaded") for each in self.resident]
+        return next((state for state in states if state != "offloaded"), "offloaded")
 
     def fetch(self, generation: Generation) -> Callable[[], bytes]:
         """Reads the file of a generation's adapter. What it returns raises DamagedAdapter where there is none."""
@@ -247,6 +273,8 @@ class Encoder:
         return Batcher(encode, most, name="frames")
 
     def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
         for name in ("_texts", "_frames", "_residency"):  # a forward pass that hangs does not keep the process
             if (part := self.__dict__.get(name)) is not None:
                 part.close(CLOSE_SECONDS) if isinstance(part, Batcher) else part.close()

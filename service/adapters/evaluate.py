@@ -47,6 +47,7 @@ def evaluate(storage: Storage, encoder: Encoder, tenant: str, collection_name: s
     if len(gallery) < 2:
         raise TooFewCaptions(f"an evaluation needs at least 2 captioned videos, there are {len(gallery)}")
     texts = [(column, caption.text) for column, video in enumerate(gallery) for caption in captions[video]]
+    encoder = encoder.of(generation.backbone)
     tokens = encoder.backbone.tokenize([text for _, text in texts]).ids
     with encoder.lease(generation) as lease:
         parts = tokens.split(storage.settings.batch_texts)

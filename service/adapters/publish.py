@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 import adapters_store
-from service.adapters import adapter_rows
+from service.adapters import adapter_rows, backbones
 from service.adapters.adapter_rows import AdapterVersion
 from service.adapters.encoder import Encoder
-from service.storage import collection_rows
+from service.storage import collection_rows, generation_rows
 from service.storage.blobs import adapter_key
 from service.storage.rows import NotFound
 from service.storage.storage import Storage
@@ -17,8 +17,15 @@ from service.storage.storage import Storage
 def publish(
     storage: Storage, encoder: Encoder, tenant: str, collection_id: str, data: bytes, manifest: adapters_store.Manifest
 ) -> AdapterVersion:
-    """Stores an adapter as the collection's next version. Raises as `check_adapter` does."""
-    check_adapter(storage, encoder, data)
+    """Stores an adapter as the collection's next version. It is for the backbone that the collection is on, or was when the
+    adapter was trained. Raises as `check_adapter` does.
+    """
+    with storage.database.read() as connection:
+        known = {g.backbone for g in generation_rows.generations_of(connection, tenant, collection_id)}
+        backbone = generation_rows.active_of(connection, tenant, collection_id).backbone
+        if manifest.backbone in known and backbones.usable(connection, manifest.backbone):
+            backbone = manifest.backbone
+    check_adapter(storage, encoder.of(backbone), data)
     with storage.database.write() as connection:
         if collection_rows.lock_collection(connection, tenant, collection_id) is None:
             raise NotFound("collection", collection_id)

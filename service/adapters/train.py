@@ -92,9 +92,12 @@ def train_adapter(
     }
     wanted = task.request["activate"]
     activated, reason = verdict(metrics, wanted)
-    in_use = next((g.digest for g in known if g.state == "active"), None)
-    if wanted == "if_better" and in_use not in (version.digest, result["metrics"].get("in_use", {}).get("digest")):
-        activated, reason = False, "another adapter came into use while this one was trained: they have not been compared"
+    active = next((g for g in known if g.state == "active"), None)
+    if wanted == "if_better" and active is not None:
+        if active.digest not in (version.digest, result["metrics"].get("in_use", {}).get("digest")):
+            activated, reason = False, "another adapter came into use while this one was trained: they have not been compared"
+        if active.backbone != version.manifest["backbone"]:
+            activated, reason = False, "the collection was changed to another backbone while this one was trained"
     if not activated:
         return {**result, "activated": False, "reason": reason}
     tell: Tell = lambda part: progress(part.within(TRAINING, 1))  # noqa: E731
@@ -175,6 +178,8 @@ def _train(
     waited_for: Callable[[], bool],
 ) -> None:
     limit, turn = storage.settings.training_seconds, storage.settings.training_turn_seconds
+    with storage.database.read() as connection:
+        encoder = encoder.of(generation_rows.active_of(connection, tenant, collection_id).backbone)
     check_recipe(storage, encoder, recipe)
     with ExitStack() as stack:
         dataset = _write_dataset(storage, tenant, collection_id, out / "dataset.jsonl")

@@ -113,13 +113,14 @@ def evaluate_collection(
     with opened(settings) as parts:
         tenant, collection = existing(parts.storage, tenant_name, collection_name)
         with parts.storage.database.read() as connection:
-            digest = generation_rows.generation(connection, tenant.id, collection.active_generation_id).digest
-        system = f"adapter {digest[:12]}" if digest else "frozen backbone"
+            active = generation_rows.generation(connection, tenant.id, collection.active_generation_id)
+        system = f"adapter {active.digest[:12]}" if active.digest else "frozen backbone"
         assessed = evaluate(parts.storage, parts.encoder, tenant.id, collection.name, split)
         if report is not None:
             from training.report import write_json, write_report
 
-            facts = {"backbone": parts.encoder.backbone.name, "collection": f"{tenant.name}/{collection.name}", "split": split}
+            name = parts.encoder.of(active.backbone).backbone.name
+            facts = {"backbone": name, "collection": f"{tenant.name}/{collection.name}", "split": split}
             told: dict[str, Any] = {"title": "Evaluation", "facts": facts, "results": {system: assessed.found}}
             write_report(report, pairs=assessed.pairs, thumbnails=assessed.thumbnail, **told)
             write_json(report.with_suffix(".json"), **told)
@@ -205,7 +206,9 @@ def import_adapter(
     recipe = {"imported": file.name, **({"layout": "official"} if official else {})}
     with opened(settings) as parts:
         tenant, collection = existing(parts.storage, tenant_name, collection_name)
-        data = files.from_checkpoint(file, lambda: parts.encoder.backbone) if official else file.read_bytes()
+        with parts.storage.database.read() as connection:
+            made_for = generation_rows.active_of(connection, tenant.id, collection.id).backbone
+        data = files.from_checkpoint(file, lambda: parts.encoder.of(made_for).backbone) if official else file.read_bytes()
         manifest = adapters_store.describe(data, created_at=now(), recipe=recipe)
         return publish(parts.storage, parts.encoder, tenant.id, collection.id, data, manifest)
 

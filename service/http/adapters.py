@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 import adapters_store
 from service.adapters import adapter_rows
 from service.adapters.adapter_rows import AdapterVersion
+from service.adapters.backbones import BackboneChoice, check_offered, check_room_beside, check_usable
 from service.adapters.publish import publish
 from service.adapters.train import check_captions, check_recipe
 from service.http import document, paging, uploads
@@ -38,7 +39,10 @@ def train(
     """Trains an adapter from the collection's captions and, if its validation R@1 is no worse, activates it."""
     body = body or TrainRequest()
     recipe = {**body.recipe, **({"scope": body.scope} if body.scope else {})}
-    check_recipe(services.storage, services.encoder, recipe)
+    with services.storage.database.read() as connection:
+        collection = collection_of(connection, tenant, name)
+        backbone = generation_rows.active_of(connection, tenant.id, collection.id).backbone
+    check_recipe(services.storage, services.encoder.of(backbone), recipe)
 
     def add(connection: Connection, collection: Collection) -> Task:
         check_captions(connection, tenant.id, collection.id)
@@ -81,14 +85,28 @@ async def import_adapter(name: str, request: Request, tenant: CanAdmin, services
 def activate(
     name: str, body: ActivateRequest, tenant: CanAdmin, services: InServices, key: IdempotencyKey = None
 ) -> dict[str, Any]:
-    """Switches the collection to an adapter, or back to the frozen backbone, without a gap in its searches."""
+    """Switches a collection to an adapter, back to its frozen backbone, or to another backbone, without a gap in its searches.
+
+    An adapter brings the backbone that it was trained on. All videos are embedded by another backbone first.
+    """
+    choice = None if body.backbone is None else BackboneChoice.of(body.backbone.model_dump())
+    if choice is not None and choice != services.encoder.choice:
+        check_offered(services.storage.settings, choice)
 
     def add(connection: Connection, collection: Collection) -> Task:
+        request: dict[str, Any] = {"adapter_id": body.adapter_id}
+        if choice is not None:
+            request["backbone"] = choice.to_json()
+            check_room_beside(connection, choice)
         if body.adapter_id is not None:
-            adapter_rows.adapter(connection, tenant.id, collection.id, body.adapter_id)
-        return task_rows.add_task(connection, tenant.id, collection.id, "activate", {"adapter_id": body.adapter_id})
+            manifest = adapter_rows.adapter(connection, tenant.id, collection.id, body.adapter_id).manifest
+            check_usable(connection, manifest["backbone"])
+        return task_rows.add_task(connection, tenant.id, collection.id, "activate", request)
 
-    return _queue(services, tenant, name, key, ["activate", body.model_dump()], add)
+    answer = _queue(services, tenant, name, key, ["activate", body.model_dump(exclude_none=choice is None)], add)
+    if choice is not None:  # while the worker embeds; what goes wrong, the task will tell
+        services.encoder.load(choice).add_done_callback(lambda done: done.exception())
+    return answer
 
 
 @router.post("/admin/collections/{name}/evaluate", name="evaluate_collection", status_code=202, response_model=QueuedOut)
@@ -185,7 +203,7 @@ def _summary(services: Services, version: AdapterVersion, active: str | None) ->
         "version": version.version,
         "digest": version.digest,
         "active": version.id == active,
-        "residency": services.encoder.residency.states().get(version.digest, "offloaded"),
+        "residency": services.encoder.residency_of(version.digest),
         "scope": version.manifest["scope"],
         "parameters": version.manifest["parameters"],
         "metrics": {side: metrics[side] for side in ("before", "after") if side in metrics},

@@ -139,6 +139,14 @@ class SettingsOut(TypedDict, total=False):
     keep_generation_days: float
 
 
+class BackboneName(BaseModel):
+    """An architecture and its weights; `fingerprint` identifies both, null where it has never been loaded here."""
+
+    name: str
+    pretrained: str | None
+    fingerprint: str | None
+
+
 class CollectionOut(BaseModel):
     """`videos`: how many, in total and by status; `active_adapter`: null for the frozen backbone."""
 
@@ -149,6 +157,7 @@ class CollectionOut(BaseModel):
     captioned_videos: int
     active_adapter: str | None
     active_generation: str
+    backbone: BackboneName
     created_at: str
 
 
@@ -156,11 +165,31 @@ class CollectionPage(Page[CollectionOut]):
     """Collections, newest first."""
 
 
+class BackboneOut(BackboneName):
+    """`own`: new collections get it; `in_memory`: at most two are. `frame_cost`: processor time of a frame, ViT-B-32's being 1.
+    `published`: R@1 of the weights from text, in per cent, by data set. Null is what is not known of it.
+    """
+
+    own: bool
+    in_memory: bool
+    parameters: int | None
+    image_size: int | None
+    context_length: int | None
+    frame_cost: float | None
+    licence: str | None
+    published: dict[str, Any] | None
+
+
+class BackbonePage(Page[BackboneOut]):
+    """Backbones, the data folder's own first."""
+
+
 class GenerationOut(BaseModel):
-    """`videos` have vectors in it, `missing` are to be embedded before it can be used."""
+    """`videos` have vectors in it, `missing` are to be embedded before it can be used. `backbone`: its fingerprint."""
 
     id: str
     adapter_id: str | None
+    backbone: str
     state: Literal["building", "active", "retired"]
     videos: int
     missing: int
@@ -255,11 +284,13 @@ class LivenessOut(BaseModel):
 
 class ReadinessOut(BaseModel):
     """`status`: ready, degraded (no worker: searches are answered, jobs wait) or not ready. `missing`: what was not found.
-    `warning`: what the backbone's searches are worth where it knows no real pictures."""
+    `backbones`: those in memory, two at most, the data folder's own first. `warning`: what its searches are worth where it
+    knows no real pictures."""
 
     status: str
     checks: dict[str, bool]
     missing: list[str]
+    backbones: list[BackboneName]
     warning: str | None
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
 
+from service.adapters import backbones
 from service.http import paging
 from service.http.answers import CollectionOut, CollectionPage, GenerationPage
 from service.http.auth import PROBLEMS, CanSearch, CanWrite, IdempotencyKey, InServices, KeyFirst, collection_of
@@ -89,8 +90,9 @@ def generations(
         for row in page.rows:
             held, missing = generation_rows.holdings(connection, tenant.id, collection.id, row.vector_set)
             shown.append({
-                "id": row.id, "adapter_id": row.adapter_id, "state": row.state, "videos": held, "missing": missing,
-                "created_at": row.created_at, "activated_at": row.activated_at, "retired_at": row.retired_at,
+                "id": row.id, "adapter_id": row.adapter_id, "backbone": row.backbone, "state": row.state, "videos": held,
+                "missing": missing, "created_at": row.created_at, "activated_at": row.activated_at,
+                "retired_at": row.retired_at,
             })  # fmt: skip
         return listing(shown, page)
 
@@ -106,6 +108,7 @@ def show(connection: Connection, tenant: Tenant, collection: Collection) -> dict
         "captioned_videos": video_rows.captioned_videos(connection, tenant.id, collection.id),
         "active_adapter": generation.adapter_id,
         "active_generation": generation.id,
+        "backbone": backbones.told(connection, generation.backbone),
         "created_at": collection.created_at,
     }
 

@@ -26,13 +26,19 @@ _TASK_ROW = {
     "message": "done", "error": None, "request_id": f"req_{_ID}", "created_at": _TIME, "started_at": _TIME,
     "finished_at": _TIME, "result": {"activated": True},
 }  # fmt: skip
+_BACKBONE = {"name": "ViT-B-32", "pretrained": "openai", "fingerprint": "7d865e95"}
+_BACKBONE_ROW = {
+    **_BACKBONE, "own": True, "in_memory": True, "parameters": 151277313, "image_size": 224, "context_length": 77,
+    "frame_cost": 1.0, "licence": "MIT", "published": {"msrvtt": 31.2},
+}  # fmt: skip
 _COLLECTION_ROW = {
     "id": f"col_{_ID}", "name": "gates", "settings": {"segment_seconds": 10.0},
     "videos": {"total": 3, "ready": 2, "queued": 1}, "captioned_videos": 2, "active_adapter": None,
-    "active_generation": _GENERATION, "created_at": _TIME,
+    "active_generation": _GENERATION, "backbone": _BACKBONE, "created_at": _TIME,
 }  # fmt: skip
 _GENERATION_ROW = {
-    "id": _GENERATION, "adapter_id": None, "state": "active", "videos": 3, "missing": 0, "created_at": _TIME,
+    "id": _GENERATION, "adapter_id": None, "backbone": "7d865e95", "state": "active", "videos": 3, "missing": 0,
+    "created_at": _TIME,
     "activated_at": _TIME, "retired_at": None,
 }  # fmt: skip
 _ADAPTER_ROW = {
@@ -78,7 +84,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
     },
     "LivenessOut": {"status": "ok"},
     "ReadinessOut": {
-        "status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "missing": [], "warning": None,
+        "status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "missing": [],
+        "backbones": [_BACKBONE], "warning": None,
     },
     "Problem": {
         "type": "urn:polyclip:problem:collection_not_found", "title": "Not Found", "status": 404,
@@ -89,7 +96,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
         f"{name}Page": {"data": [row], "page_info": _ONE}
         for name, row in (
             ("Video", _VIDEO_ROW), ("Task", _TASK_ROW), ("Collection", _COLLECTION_ROW), ("Generation", _GENERATION_ROW),
-            ("Adapter", _ADAPTER_ROW), ("Tenant", _TENANT_ROW), ("Key", _KEY_ROW),
+            ("Backbone", _BACKBONE_ROW), ("Adapter", _ADAPTER_ROW), ("Tenant", _TENANT_ROW), ("Key", _KEY_ROW),
         )
     },
 }  # fmt: skip

@@ -25,21 +25,29 @@ class Inside(Collector):
         self._searcher = searcher
 
     def collect(self) -> Iterable[Metric]:
-        residency, batcher, cache = self._encoder.residency, self._encoder.texts, self._searcher.texts
+        encoders, cache = self._encoder.resident, self._searcher.texts
+        yield GaugeMetricFamily("polyclip_backbones", "Backbones in memory.", len(encoders))
         states = GaugeMetricFamily("polyclip_adapters", "Adapters in memory, by state.", labels=["state"])
-        found = Counter(residency.states().values())
+        found = Counter(state for each in encoders for state in each.residency.states().values())
         for state in STATES:
             states.add_metric([state], found[state])
         yield states
-        yield GaugeMetricFamily("polyclip_adapter_host_bytes", "Adapters in host memory.", residency.host_bytes)
-        for name, value in asdict(residency.counters).items():
+        host_bytes = sum(each.residency.host_bytes for each in encoders)
+        yield GaugeMetricFamily("polyclip_adapter_host_bytes", "Adapters in host memory.", host_bytes)
+        counted: Counter[str] = Counter()
+        for each in encoders:
+            counted.update(asdict(each.residency.counters))
+        for name, value in counted.items():
             yield CounterMetricFamily(f"polyclip_adapter_{name}", f"Adapters: {name.replace('_', ' ')}.", value)
-        yield GaugeMetricFamily("polyclip_text_queue_depth", "Texts that wait to be encoded.", batcher.depth)
+        batchers = [each.texts for each in encoders]
+        yield GaugeMetricFamily("polyclip_text_queue_depth", "Texts that wait to be encoded.", sum(b.depth for b in batchers))
         for name in ("refused", "expired", "cancelled", "failures"):
-            yield CounterMetricFamily(f"polyclip_text_batcher_{name}", f"Texts or batches {name}.", getattr(batcher, name))
+            value = sum(getattr(batcher, name) for batcher in batchers)
+            yield CounterMetricFamily(f"polyclip_text_batcher_{name}", f"Texts or batches {name}.", value)
         bounds = [*(str(size) for size in SIZES), "+Inf"]
         sizes = HistogramMetricFamily("polyclip_text_batch_rows", "Texts of a batch.")
-        sizes.add_metric([], list(zip(bounds, accumulate(batcher.batch_sizes), strict=True)), batcher.rows)
+        batches = [sum(of_size) for of_size in zip(*(batcher.batch_sizes for batcher in batchers), strict=True)]
+        sizes.add_metric([], list(zip(bounds, accumulate(batches), strict=True)), sum(b.rows for b in batchers))
         yield sizes
         for name in ("hits", "shared", "misses"):
             yield CounterMetricFamily(f"polyclip_text_cache_{name}", f"Text cache: {name}.", getattr(cache, name))

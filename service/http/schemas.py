@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.settings import CollectionSettings
 from service.videos.captions import MAX_CAPTIONS, MAX_TEXT, CaptionIn, CaptionText
@@ -56,8 +56,22 @@ class TrainRequest(In):
     activate: Literal["if_better", "always", "never"] = "if_better"
 
 
+class BackboneIn(In):
+    name: str = Field(max_length=200, description="`builtin`, or an open_clip architecture: `GET /backbones` lists some.")
+    pretrained: str | None = Field(None, max_length=1000, description="Its weights: one of the architecture's tags.")
+
+
 class ActivateRequest(In):
-    adapter_id: str | None = Field(description="An adapter's id, or null for the frozen backbone.")
+    adapter_id: str | None = Field(None, description="An adapter's id, or null for the frozen backbone.")
+    backbone: BackboneIn | None = Field(None, description="Change to this backbone, without an adapter.")
+
+    @model_validator(mode="after")
+    def _one(self) -> ActivateRequest:
+        if not self.model_fields_set:
+            raise ValueError("needs adapter_id or backbone")
+        if self.adapter_id is not None and self.backbone is not None:
+            raise ValueError("adapter_id and backbone exclude each other: an adapter brings the backbone it was trained on")
+        return self
 
 
 class EvaluateRequest(In):

@@ -63,10 +63,11 @@ def answer(services: Services, request: Request, found: Found, offset: int, limi
     url = media_urls(services, request)
     more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
     warnings = []
-    if (caution := services.encoder.choice.caution) is not None:
+    encoder = services.encoder.of(found.generation.backbone)
+    if (caution := encoder.choice.caution) is not None:
         warnings.append(Warning(code="backbone_knows_no_real_pictures", detail=caution))
     if found.truncated:
-        length = services.encoder.backbone.context_length
+        length = encoder.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
         warnings.append(Warning(code="text_truncated", detail=detail))
     if found.pending_videos:

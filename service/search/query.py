@@ -82,6 +82,7 @@ class _Question:
     tenant: str
     collection: Collection
     generation: Generation
+    encoder: Encoder
     key: TextKey
     tokens: Tokens | None  # None where the text's vector is kept already
 
@@ -108,7 +109,7 @@ class Searcher:
     def search(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
         """At least the best `wanted` hits, if there are so many; arguments as of `_find`.
 
-        Raises NotFound, EmptyText, InvalidFilter, OtherBackbone, BatcherFull, DeadlinePassed, LeaseTimeout.
+        Raises NotFound, EmptyText, InvalidFilter, OtherBackbone, BatcherFull, DeadlinePassed, LeaseTimeout, TimeoutError.
         """
         return asyncio.run(self.answer(tenant, collection_name, text, **how))
 
@@ -118,6 +119,9 @@ class Searcher:
         """
         clock = _Clock()
         question = await self._on_thread(self._resolve, tenant, collection_name, text)
+        while isinstance(question, Future):  # its backbone is being loaded, which no thread waits for
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(question)), self._storage.settings.search_seconds)
+            question = await self._on_thread(self._resolve, tenant, collection_name, text)
         clock.lap("resolve")
         encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
         clock.lap("encode")
@@ -131,31 +135,35 @@ class Searcher:
     async def _on_thread(self, ask: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._resolvers, copy_context().run, ask, *arguments)
 
-    def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question:
+    def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question | Future[Encoder]:
+        """The question, or what has to be there first."""
         with self._storage.database.read() as connection:
             collection, generation = collection_rows.active_generation(connection, tenant, collection_name)
-        key = text_key(tenant, generation.digest, text)
+        key = text_key(tenant, generation.digest or generation.backbone, text)
         if not key.text:
             raise EmptyText("the text is empty")
-        self._encoder.check(generation)
-        self._pin(collection, generation)
-        tokens = None if key in self.texts else self._encoder.backbone.tokenize([key.text])  # not on the event loop
-        return _Question(tenant, collection, generation, key, tokens)
+        loading = self._encoder.request_encoder(generation.backbone)
+        if not loading.done():
+            return loading
+        encoder = loading.result()
+        self._pin(encoder, collection, generation)
+        tokens = None if key in self.texts else encoder.backbone.tokenize([key.text])  # not on the event loop
+        return _Question(tenant, collection, generation, encoder, key, tokens)
 
     async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
         """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
-        seconds = self._storage.settings.search_seconds
+        seconds, encoder = self._storage.settings.search_seconds, question.encoder
         tokens = question.tokens
         if tokens is None:
-            tokens = await self._on_thread(self._encoder.backbone.tokenize, [question.key.text])
-        request = self._encoder.request_lease(question.generation)
+            tokens = await self._on_thread(encoder.backbone.tokenize, [question.key.text])
+        request = encoder.request_lease(question.generation)
         try:
             lease: Lease | None = None
             if request is not None:
                 lease = await asyncio.wait_for(asyncio.wrap_future(request), seconds)
             clock.lap("adapter")
             row, deadline = (tokens.ids[0], lease), time.monotonic() + seconds
-            ticket = self._encoder.texts.submit(row, group=question.tenant, deadline=deadline)
+            ticket = encoder.texts.submit(row, group=question.tenant, deadline=deadline)
             vector = await asyncio.wrap_future(ticket)
             clock.took("queue", ticket.queued_seconds)
             return TextVector(vector, tokens.truncated[0])
@@ -190,7 +198,7 @@ class Searcher:
         clock.lap("load")
         return Found(hits, total, collection, generation, view.videos, pending, encoded.truncated, clock.timings())
 
-    def _pin(self, collection: Collection, generation: Generation) -> None:
+    def _pin(self, encoder: Encoder, collection: Collection, generation: Generation) -> None:
         """Keeps a collection's adapter on the device where its settings ask for it."""
         wanted = generation.digest if collection.settings.get("pinned") else None
         with self._lock:
@@ -200,19 +208,18 @@ class Searcher:
             if self._pinned.get(collection.id) == wanted:
                 return
             if wanted is None:
-                self._encoder.residency.unpin(collection.id)
-                del self._pinned[collection.id]
+                self._unpin(collection.id)
                 return
             self._pinned[collection.id] = wanted  # where it is refused too: it is not asked for again with every search
             try:
-                self._encoder.residency.pin(wanted, collection.id, collection.tenant_id)
+                encoder.residency.pin(wanted, collection.id, collection.tenant_id)
             except PinsExhausted as error:
                 log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
 
     def release_pins(self) -> None:
         """Ends the pins of collections that are gone, alone or with their tenant; what was refused may be asked for again."""
         with self._lock:
-            pins = self._encoder.residency.pins()
+            pins = {c: owner for each in self._encoder.resident for c, owner in each.residency.pins().items()}
             self._pinned = {collection: digest for collection, digest in self._pinned.items() if collection in pins}
         for collection, tenant in pins.items():
             try:
@@ -220,8 +227,12 @@ class Searcher:
                     collection_rows.collection_name(connection, tenant, collection)
             except NotFound:
                 with self._lock:
-                    self._encoder.residency.unpin(collection)
-                    self._pinned.pop(collection, None)
+                    self._unpin(collection)
+
+    def _unpin(self, collection: str) -> None:
+        for each in self._encoder.resident:
+            each.residency.unpin(collection)
+        self._pinned.pop(collection, None)
 
     def _allowed(self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event) -> set[str] | None:
         """Ids of the videos that a filter lets through; None without a filter. Raises DeadlinePassed."""

@@ -21,11 +21,12 @@ OF_THE_CALLER = (BatcherFull, DeadlinePassed, CancelledError, TimeoutError)  # t
 
 
 class TextKey(NamedTuple):
-    """`digest` of the adapter, None for the frozen backbone; `text` normalised. The tenant is in it so that no answer's time
-    tells what another one has searched."""
+    """`encoder`: the adapter's digest, or the fingerprint of the frozen backbone; `text` normalised. The tenant is in it so
+    that no answer's time tells what another one has searched.
+    """
 
     tenant: str
-    digest: str | None
+    encoder: str
     text: str
 
 
@@ -41,9 +42,9 @@ class _GivenUp(Exception):
     """Who computed went away: another one has to."""
 
 
-def text_key(tenant: str, digest: str | None, text: str) -> TextKey:
+def text_key(tenant: str, encoder: str, text: str) -> TextKey:
     """The text is normalised: its ends cut, each run of white space one blank. Empty where there is nothing else."""
-    return TextKey(tenant, digest, " ".join(text.split()))
+    return TextKey(tenant, encoder, " ".join(text.split()))
 
 
 class TextCache:

@@ -129,7 +129,7 @@ class Views:
     def _open(self, key: Key) -> _Opened:
         path = self._path(key)
         try:
-            view = snapshot.read(path, self._encoder.backbone.embed_dim, key._asdict())
+            view = snapshot.read(path, self._dim(key), key._asdict())
             if view is not None:
                 with self._storage.database.read() as connection:
                     _check(connection, key, view)
@@ -141,7 +141,10 @@ class Views:
         return _Opened(self._from_rows(key))
 
     def _from_rows(self, key: Key) -> IndexView:
-        return self._followed(key, IndexView(self._encoder.backbone.embed_dim))
+        return self._followed(key, IndexView(self._dim(key)))
+
+    def _dim(self, key: Key) -> int:
+        return self._encoder.of(key.backbone).backbone.embed_dim
 
     def _followed(self, key: Key, view: IndexView) -> IndexView:
         with self._storage.database.read() as connection:

@@ -14,6 +14,11 @@ def fact(connection: Connection, key: str) -> Any:
     return connection.scalar(select(house.c.value).where(house.c.key == key))
 
 
+def facts_named(connection: Connection, beginning: str) -> list[Any]:
+    """The values of all facts whose keys begin so."""
+    return list(connection.scalars(select(house.c.value).where(house.c.key.startswith(beginning)).order_by(house.c.key)))
+
+
 def set_fact(connection: Connection, key: str, value: Any) -> None:
     upsert(connection, house, key=key, value=value)
 

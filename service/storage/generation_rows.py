@@ -75,6 +75,22 @@ def generations_of(connection: Connection, tenant: str, collection: str) -> list
     return [record(Generation, row) for row in rows]
 
 
+def active_of(connection: Connection, tenant: str, collection: str) -> Generation:
+    """The generation that the collection's searches use."""
+    mine = and_(generations.c.tenant_id == tenant, generations.c.collection_id == collection, generations.c.state == "active")
+    row = connection.execute(with_digest.where(mine)).mappings().first()
+    if row is None:
+        raise NotFound("collection", collection)
+    return record(Generation, row)
+
+
+def backbones_in_use(connection: Connection) -> set[str]:
+    """Fingerprints that any tenant's collections search with, or are being changed to."""
+    alive = and_(generations.c.state.in_(("active", "building")), collections.c.deleted_at.is_(None))
+    query = select(generations.c.backbone).distinct().join(collections, collections.c.id == generations.c.collection_id)
+    return set(connection.scalars(query.where(alive)))
+
+
 def vector_sets(connection: Connection, tenant: str, collection: str) -> list[str]:
     return sorted({g.vector_set for g in generations_of(connection, tenant, collection)})
 
@@ -108,8 +124,8 @@ def holdings(connection: Connection, tenant: str, collection: str, vector_set: s
     return (holds := connection.scalar(held) or 0), total - holds
 
 
-def later_activation(connection: Connection, tenant: str, collection: str, asked: str) -> tuple[str, str | None] | None:
-    """(task, adapter) of the last activation that was asked for after the time `asked` and has not failed.
+def later_activation(connection: Connection, tenant: str, collection: str, asked: str) -> tuple[str, str | None, Any] | None:
+    """(task, adapter, backbone) of the last activation that was asked for after the time `asked` and has not failed.
 
     A training asks for one when it has ended; whether it gets it is known once its adapter is in use. A time more than a minute
     ahead does not count: the clock has been set back since.
@@ -119,9 +135,11 @@ def later_activation(connection: Connection, tenant: str, collection: str, asked
     of_hand = and_(tasks.c.kind == "activate", tasks.c.status.in_((*OPEN, "succeeded")))
     when = case((tasks.c.kind == "activate", tasks.c.created_at), else_=tasks.c.result["trained_at"].as_string())
     mine = and_(tasks.c.tenant_id == tenant, tasks.c.collection_id == collection, or_(of_training, of_hand))
-    query = select(tasks.c.id, case((of_hand, tasks.c.request["adapter_id"].as_string()), else_=made).label("adapter"))
+    query = select(
+        tasks.c.id, case((of_hand, tasks.c.request["adapter_id"].as_string()), else_=made).label("adapter"), tasks.c.request
+    )
     row = connection.execute(query.where(mine, when > asked, when <= now(60)).order_by(when.desc())).first()
-    return None if row is None else (row.id, row.adapter)
+    return None if row is None else (row.id, row.adapter, row.request.get("backbone"))
 
 
 def remove_generation(connection: Connection, tenant: str, generation_id: str) -> bool:
@@ -136,15 +154,19 @@ def remove_generation(connection: Connection, tenant: str, generation_id: str) -
 
 
 def retired_generations(connection: Connection) -> list[tuple[Generation, dict[str, Any]]]:
-    """Every tenant's retired generations that have an adapter, with the settings of their collections: for retention alone.
+    """Every tenant's retired generations that have an adapter, or another backbone than the one in use, with the settings of
+    their collections: for retention alone.
 
     The latest comes first, those that were never in use last.
     """
-    standing = and_(generations.c.state == "retired", generations.c.adapter_id.is_not(None), collections.c.deleted_at.is_(None))
+    active = generations.alias()
+    replaced = or_(generations.c.adapter_id.is_not(None), generations.c.backbone != active.c.backbone)
+    standing = and_(generations.c.state == "retired", replaced, collections.c.deleted_at.is_(None))
     last = func.coalesce(generations.c.retired_at, generations.c.activated_at, generations.c.created_at)
     query = (
         with_digest.add_columns(collections.c.settings)
         .join(collections, collections.c.id == generations.c.collection_id)
+        .join(active, active.c.id == collections.c.active_generation_id)
         .where(standing)
         .order_by(generations.c.activated_at.is_(None), last.desc())
     )

@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
-from service.adapters import adapter_rows
+from service.adapters import adapter_rows, backbones
 from service.adapters.adapter_rows import AdapterVersion
-from service.storage import collection_rows, facts, generation_rows
+from service.storage import collection_rows, generation_rows
 from service.storage.blobs import BlobMissing, adapter_key, frames_key, thumbnail_key, video_key
 from service.storage.generation_rows import Generation
 from service.storage.storage import Storage
@@ -57,7 +57,7 @@ class Export:
             self._versions = [each for each in versions if self._whole(each, needed=each.id == active.adapter_id)]
             known = generation_rows.generations_of(connection, tenant, collection.id)
             own = self._generations = _exported(active, known, self._versions, every_generation)
-            backbone = facts.fact(connection, "backbone")
+            backbone = backbones.told(connection, active.backbone)
             self._rows = tempfile.TemporaryFile(dir=storage.settings.scratch)  # noqa: SIM115
             after = ""
             while page := archive_rows.videos_after(connection, tenant, collection.id, after, PAGE):

@@ -164,7 +164,7 @@ def _vectors(seen: _Seen) -> Found:
             wrong = "is not there, though another one searches its vectors: activate another adapter, or none"
         else:
             try:
-                vectors.check(rows, seen.tools.encoder.backbone.embed_dim, seen.segments)
+                vectors.check(rows, seen.tools.encoder.of(maker.backbone).backbone.embed_dim, seen.segments)
             except vectors.InvalidVectors as error:
                 wrong = str(error)
         if wrong is not None:
@@ -205,7 +205,8 @@ def _draw_thumbnails(seen: _Seen, missing: list[int]) -> None:
     storage, video = seen.tools.storage, seen.video
     frames = storage.blobs.local(frames_key(video.collection_id, video.id))
     with tempfile.TemporaryDirectory(dir=storage.settings.scratch) as name, frames as path:
-        decoded = seen.tools.decoders.reopen(path, Path(name), facts, index.sampling(storage, seen.tools.encoder, {}))
+        how = index.sampling(storage, seen.tools.encoder.backbone.image_size, {})
+        decoded = seen.tools.decoders.reopen(path, Path(name), facts, how)
         for ordinal in missing:
             picture = Path(name, decoded.segments[ordinal].thumbnail_file).read_bytes()
             storage.blobs.put(thumbnail_key(video.collection_id, video.id, ordinal), picture)

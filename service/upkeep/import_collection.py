@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 import adapters_store
-from service.adapters import adapter_rows
+from service.adapters import adapter_rows, backbones
 from service.adapters.encoder import Encoder
 from service.adapters.publish import check_adapter
 from service.errors import PolyclipError
@@ -92,10 +92,13 @@ def import_archive(
     `collection`: the id that it gets; what an import that died has left of it goes first. Raises InvalidArchive,
     ArchiveOfOtherBackbone, AlreadyExists, InvalidName, QuotaExceeded.
     """
-    collection, backbone = collection or new_id("col"), encoder.backbone
+    collection = collection or new_id("col")
     ids: defaultdict[str, str] = defaultdict(lambda: new_id("vid"))  # the new ones, by the archive's
     with Archive(path) as archive:
-        plan = _planned(archive.manifest(), backbone.name, backbone.fingerprint, name, re_embed)
+        with storage.database.read() as connection:
+            own = _backbone_for(connection, archive.manifest())
+        encoder = encoder.of(own["fingerprint"])
+        plan = _planned(archive.manifest(), own, name, re_embed)
         told = archive.verify(lambda part: progress(part.within(0, VERIFYING))).videos
         delete.purge_collection(storage, tenant.id, collection)
         try:
@@ -103,7 +106,7 @@ def import_archive(
                 _check_room(connection, tenant, plan)
                 archive_rows.add_hidden_collection(connection, tenant, collection, plan.name, plan.settings)
             adapters = _take_adapters(storage, encoder, archive, plan.adapters, tenant.id, collection, ids)
-            made = _add_generations(storage, plan.generations, adapters, tenant.id, collection, backbone.fingerprint)
+            made = _add_generations(storage, plan.generations, adapters, tenant.id, collection, own["fingerprint"])
             sets = {each.id: made[each.id] for each in plan.generations if each.id == each.vector_set}
             active = next(each for each in plan.generations if each.active)
             arrival = Arrival(
@@ -134,8 +137,7 @@ def import_archive(
 def look(storage: Storage, tenant: Tenant, path: Path, name: str | None, re_embed: bool) -> str:
     """The name that an import would give the collection. Raises what the archive's beginning is enough to refuse it for."""
     with Archive(path) as archive, storage.database.read() as connection:
-        own = facts.fact(connection, "backbone")
-        plan = _planned(archive.manifest(), own["name"], own["fingerprint"], name, re_embed)
+        plan = _planned(archive.manifest(), _backbone_for(connection, archive.manifest()), name, re_embed)
         _check_room(connection, tenant, plan)
         return plan.name
 
@@ -174,13 +176,22 @@ def _collection_of(task: Task) -> str:
     return f"col_{task.id.removeprefix('task_')}"
 
 
-def _planned(manifest: Manifest, backbone: str, fingerprint: str, name: str | None, re_embed: bool) -> _Plan:
+def _backbone_for(connection: Connection, manifest: Manifest) -> dict[str, Any]:
+    """The backbone that an archived collection will be on: the one it was made with, if it can be used here, or our own."""
+    own, theirs = facts.fact(connection, "backbone"), manifest.backbone.fingerprint
+    if backbones.known(connection, theirs) is not None and backbones.usable(connection, theirs):
+        return backbones.told(connection, theirs)
+    return own  # type: ignore[no-any-return]
+
+
+def _planned(manifest: Manifest, own: Mapping[str, Any], name: str | None, re_embed: bool) -> _Plan:
     """Raises ArchiveOfOtherBackbone."""
+    fingerprint = own["fingerprint"]
     theirs, adapters, generations, left_out = manifest.backbone, manifest.adapters, manifest.generations, []
     if theirs.fingerprint != fingerprint:
         if not re_embed:
             raise ArchiveOfOtherBackbone(
-                f"the archive was made with backbone {theirs.name!r:.80} ({theirs.fingerprint:.12}), this one is {backbone} "
+                f"the archive was made with backbone {theirs.name!r:.80} ({theirs.fingerprint:.12}), this one is {own['name']} "
                 f"({fingerprint[:12]}): its frames can be embedded anew, its adapters cannot come along"
             )
         left_out, adapters = [each.digest for each in adapters], []

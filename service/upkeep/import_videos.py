@@ -94,7 +94,7 @@ class Arrival:
             raise InvalidArchive(f"the frames may have {limit} bytes, they have {member.size}")
         with (folder / "frames.zip").open("wb") as file:
             file.writelines(self.archive.chunks(member))
-        how = sampling(self.storage, self.encoder, self.settings)
+        how = sampling(self.storage, self.encoder.backbone.image_size, self.settings)
         return self.decoders.reopen(folder / "frames.zip", folder, facts, how)
 
     def _vectors(self, parts: Mapping[str, TarInfo], decoded: DecodedVideo) -> dict[str, list[dict[str, Any]]]:

@@ -89,13 +89,24 @@ def prepare_frames(
 
 
 def _decode(
-    storage: Storage, encoder: Encoder, decoders: Decoders, video: Video, collection: Collection, check: Check = lambda: None
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    video: Video,
+    collection: Collection,
+    check: Check = lambda: None,
+    least: int = 0,
 ) -> dict[str, Any]:
-    """Frames and thumbnails from the stored file into the blobs; returns the facts. Raises DecodeError, BlobMissing."""
+    """Frames and thumbnails from the stored file into the blobs, large enough for each backbone that the collection uses;
+    returns the facts. Raises DecodeError, BlobMissing.
+    """
+    with storage.database.read() as connection:
+        backbones = {generation.backbone for generation in _wanted(connection, video)}
+    side = max([least, *(encoder.of(backbone).backbone.image_size for backbone in backbones)])
     folder = Path(tempfile.mkdtemp(dir=storage.settings.scratch, prefix="decode-"))
     try:
         with storage.blobs.local(video_key(collection.id, video.id)) as path:
-            decoded = decoders.decode(path, folder, sampling(storage, encoder, collection.settings), check)
+            decoded = decoders.decode(path, folder, sampling(storage, side, collection.settings), check)
         for ordinal, segment in enumerate(decoded.segments):
             storage.blobs.put(thumbnail_key(collection.id, video.id, ordinal), (folder / segment.thumbnail_file).read_bytes())
         storage.blobs.put(frames_key(collection.id, video.id), pack_frames(decoded, folder))
@@ -115,14 +126,16 @@ def _decode(
     }
 
 
-def decode_again(storage: Storage, encoder: Encoder, decoders: Decoders, video: Video) -> None:
-    """Cached frames that are damaged or gone, made again from the stored file. Raises DamagedFrames where that is not to be."""
+def decode_again(storage: Storage, encoder: Encoder, decoders: Decoders, video: Video, least: int = 0) -> None:
+    """Cached frames that are damaged, gone or too small, made again from the stored file, their short side `least` pixels or
+    more. Raises DamagedFrames where that is not to be.
+    """
     with storage.database.write() as connection:
         collection = collection_rows.lock_collection(connection, video.tenant_id, video.collection_id)
     if collection is None:
         raise DamagedFrames("the collection is gone")
     try:
-        media = _decode(storage, encoder, decoders, video, collection)
+        media = _decode(storage, encoder, decoders, video, collection, least=least)
     except (DecodeError, BlobMissing) as error:
         raise DamagedFrames(f"the cached frames are damaged and cannot be made again: {error}") from error
     with storage.database.write() as connection:
@@ -199,16 +212,18 @@ def embedded_segments(
     generation: Generation,
     progress: Tell = unheard,
 ) -> list[dict[str, Any]]:
-    """The rows of `segments` for a video, embedded from its cached frames, which are made again once if they cannot be read,
-    or were cached for a backbone of smaller pictures. Raises DamagedFrames.
+    """The rows of `segments` for a video, embedded by the generation's backbone from its cached frames, which are made again
+    once if they cannot be read, or were cached for a backbone of smaller pictures. Raises DamagedFrames.
     """
+    maker = encoder.of(generation.backbone)
+    size = maker.backbone.image_size
     shown = min((video.media or {}).get(name) or 0 for name in ("width", "height"))
     try:
-        return _embedded(storage, encoder, video, generation, progress, min(encoder.backbone.image_size, shown))
+        return _embedded(storage, maker, video, generation, progress, min(size, shown))
     except (BlobMissing, DamagedFrames) as error:
         log.warning("frames_made_again", video=video.id, reason=str(error))
-        decode_again(storage, encoder, decoders, video)
-        return _embedded(storage, encoder, video, generation, progress)
+        decode_again(storage, encoder, decoders, video, size)
+        return _embedded(storage, maker, video, generation, progress)
 
 
 def _embedded(
@@ -290,12 +305,12 @@ def _wanted(connection: Any, video: Video) -> Sequence[Generation]:
     return list(by_set.values())
 
 
-def sampling(storage: Storage, encoder: Encoder, own: Mapping[str, Any]) -> Sampling:
-    """How videos are decoded for a collection with these settings of its `own`."""
+def sampling(storage: Storage, side: int, own: Mapping[str, Any]) -> Sampling:
+    """How videos are decoded for a collection with these settings of its `own`, and backbones whose pictures have `side`."""
     settings = storage.settings
     return Sampling(
         segment_seconds=max(SHORTEST_SEGMENT, float(own.get("segment_seconds") or settings.segment_seconds)),
-        short_side=max(settings.cached_short_side, encoder.backbone.image_size),
+        short_side=max(settings.cached_short_side, side),
         max_seconds=settings.max_video_seconds,
         max_segments=settings.max_segments,
     )

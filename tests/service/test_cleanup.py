@@ -236,7 +236,7 @@ def test_a_generation_that_is_removed_under_the_hands_of_its_builder_is_made_ane
     """Nothing is written for a generation that has no row any more."""
     collection, videos = workshop.filled([1])
     adapter = workshop.adapter(collection, 1)
-    generation, _ = activate._round(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), adapter, None)
+    generation, _ = activate._round(workshop.storage, workshop.tenant, workshop.id(collection), adapter, None)
     with workshop.storage.database.write() as connection:
         generation_rows.set_generation_state(connection, workshop.tenant, generation.id, "retired")
         assert generation_rows.remove_generation(connection, workshop.tenant, generation.id)

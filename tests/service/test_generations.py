@@ -227,7 +227,7 @@ def test_what_goes_while_it_is_embedded_is_not_written(workshop: Workshop, monke
     """A video, and then the generation itself, between the forward pass and the transaction that stores its vectors."""
     collection, videos = workshop.filled(range(2))
     adapter = workshop.adapter(collection, 1)
-    where = (workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection))
+    where = (workshop.storage, workshop.tenant, workshop.id(collection))
     generation, _ = generations._round(*where, adapter, None)
     embed = index.embedded_segments
 
@@ -271,9 +271,7 @@ def test_a_generation_left_building_by_a_crash(workshop: Workshop) -> None:
     collection, _ = workshop.filled(range(3))
     adapter = workshop.adapter(collection, 1)
     answer = workshop.ask(collection, adapter)
-    generation, missing = generations._round(
-        workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), adapter, None
-    )
+    generation, missing = generations._round(workshop.storage, workshop.tenant, workshop.id(collection), adapter, None)
     generations.fill_chunk(
         workshop.storage, workshop.encoder, workshop.decoders, workshop.tenant, generation.id, missing[:1]
     )  # and here the worker dies
@@ -281,7 +279,7 @@ def test_a_generation_left_building_by_a_crash(workshop: Workshop) -> None:
     assert workshop.states(collection)[adapter] == "building", "its task will come for it"
     assert workshop.done(answer)["embedded"] == 2
     other = workshop.adapter(collection, 2)
-    generations._round(workshop.storage, workshop.encoder, workshop.tenant, workshop.id(collection), other, None)
+    generations._round(workshop.storage, workshop.tenant, workshop.id(collection), other, None)
     delete.sweep(workshop.storage)
     assert workshop.states(collection) == {None: "retired", adapter: "active", other: "retired"}
 

@@ -77,17 +77,17 @@ class Crowd:
 
 
 def test_a_key_is_the_adapter_and_the_text_without_needless_blanks() -> None:
-    assert text_key("tenant", None, "  a\tdog \n runs ") == text_key("tenant", None, "a dog runs")
-    assert text_key("tenant", None, "a dog") != text_key("tenant", "digest", "a dog")
-    assert text_key("tenant", None, "A dog") != text_key("tenant", None, "a dog")
-    assert text_key("tenant", None, " \t\n").text == ""
+    assert text_key("tenant", "frozen", "  a\tdog \n runs ") == text_key("tenant", "frozen", "a dog runs")
+    assert text_key("tenant", "frozen", "a dog") != text_key("tenant", "digest", "a dog")
+    assert text_key("tenant", "frozen", "A dog") != text_key("tenant", "frozen", "a dog")
+    assert text_key("tenant", "frozen", " \t\n").text == ""
 
 
 def test_an_entry_is_computed_once_and_never_serves_another_adapter() -> None:
     cache = TextCache(10_000)
     first = get(cache, KEY, entry)
     assert get(cache, KEY, never) is first
-    other = get(cache, text_key("tenant", None, KEY.text), lambda: entry(2))
+    other = get(cache, text_key("tenant", "frozen", KEY.text), lambda: entry(2))
     assert other.vector[0] == 2
     assert (cache.hits, cache.misses, cache.shared, len(cache)) == (1, 2, 0, 2)
 
@@ -97,7 +97,7 @@ def test_those_who_ask_at_the_same_time_get_the_one_computation() -> None:
     crowd = Crowd(cache, 9)
     first = crowd.first(entry())
     others = crowd.others(8)
-    another = text_key("tenant", None, "another")
+    another = text_key("tenant", "frozen", "another")
     assert get(cache, another, entry).vector[0] == 1  # who asks for another key is not held up
     crowd.go.set()
     assert {id(f.result(SOON)) for f in (first, *others)} == {id(get(cache, KEY, never))}
@@ -222,7 +222,7 @@ def test_the_entries_used_last_are_kept_within_the_bytes(asked: list[tuple[int, 
     cache = TextCache(capacity)
     sizes: OrderedDict[int, int] = OrderedDict()  # a plain reference
     for number, dimensions in asked:
-        key = text_key("tenant", None, f"text {number}")
+        key = text_key("tenant", "frozen", f"text {number}")
         computed: list[int] = []
         get(cache, key, lambda dims=dimensions, made=computed: made.append(1) or entry(size=dims))  # type: ignore[misc]
         assert bool(computed) == (number not in sizes)

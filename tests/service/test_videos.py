@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from serving import Server, Tenant, broken_clip, clip, colour, wait_for
 
-from service.adapters.encoder import BackboneChoice
+from service.adapters.backbones import BackboneChoice
 
 
 def test_an_uploaded_video_becomes_ready_and_is_found(server: Server, tenant: Tenant) -> None:
