@@ -1,4 +1,4 @@
-"""The path of an adapter's generation: built beside the active one while searches go on, then one atomic switch.
+"""The path of a generation, of an adapter or another backbone: built beside the active one, then one atomic switch.
 
 A round is one transaction that finds the generation, or makes it, and what it lacks; with nothing lacking it switches. Between
 two rounds the lacking videos are embedded, in chunks, in parallel. All that has been done is in the rows, so a build may be

@@ -69,6 +69,11 @@ class BackboneChoice:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def shown(self) -> dict[str, Any]:
+        """As tenants see it: of a file its name, not where it lies."""
+        file = self.pretrained is not None and Path(self.pretrained).is_absolute()
+        return {"name": self.name, "pretrained": Path(str(self.pretrained)).name if file else self.pretrained}
+
     @property
     def caution(self) -> str | None:
         """What its searches are worth where it has not learned from real pictures, and which one has."""
@@ -110,7 +115,7 @@ def known(connection: Connection, fingerprint: str) -> BackboneChoice | None:
 def told(connection: Connection, fingerprint: str) -> dict[str, Any]:
     """Name, weights and fingerprint of a backbone that a generation was made with."""
     choice = known(connection, fingerprint)
-    return {"name": "unknown", "pretrained": None, **(choice.to_json() if choice else {}), "fingerprint": fingerprint}
+    return {**(choice or BackboneChoice("unknown", None)).shown(), "fingerprint": fingerprint}
 
 
 def known_backbones(connection: Connection) -> list[dict[str, Any]]:
@@ -141,6 +146,16 @@ def check_room_beside(connection: Connection, choice: BackboneChoice) -> None:
     others = {known(connection, each) for each in generation_rows.backbones_in_use(connection) - {own["fingerprint"]}}
     if choice != BackboneChoice.of(own) and others - {choice}:
         raise TooManyBackbones("collections here use another backbone beside the data folder's own already")
+
+
+def asked_for(connection: Connection, settings: Settings, name: str, pretrained: str | None) -> BackboneChoice:
+    """The backbone that somebody means who has seen it `shown`, or names it. Raises BackboneNotOffered."""
+    asked = BackboneChoice(name, pretrained)
+    theirs = [BackboneChoice.of(told) for told in known_backbones(connection)]
+    found = next((choice for choice in theirs if choice.shown() == asked.to_json()), asked)
+    if found != theirs[0]:  # the folder's own needs no leave
+        check_offered(settings, found)
+    return found
 
 
 def check_offered(settings: Settings, choice: BackboneChoice) -> None:

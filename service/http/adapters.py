@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 import adapters_store
 from service.adapters import adapter_rows
 from service.adapters.adapter_rows import AdapterVersion
-from service.adapters.backbones import BackboneChoice, check_offered, check_room_beside, check_usable
+from service.adapters.backbones import asked_for, check_room_beside, check_usable
 from service.adapters.publish import publish
 from service.adapters.train import check_captions, check_recipe
 from service.http import document, paging, uploads
@@ -89,9 +89,10 @@ def activate(
 
     An adapter brings the backbone that it was trained on. All videos are embedded by another backbone first.
     """
-    choice = None if body.backbone is None else BackboneChoice.of(body.backbone.model_dump())
-    if choice is not None and choice != services.encoder.choice:
-        check_offered(services.storage.settings, choice)
+    choice = None
+    if body.backbone is not None:
+        with services.storage.database.read() as connection:
+            choice = asked_for(connection, services.storage.settings, body.backbone.name, body.backbone.pretrained)
 
     def add(connection: Connection, collection: Collection) -> Task:
         request: dict[str, Any] = {"adapter_id": body.adapter_id}

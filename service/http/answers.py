@@ -310,6 +310,7 @@ class SearchPool(BaseModel):
     collection: str
     generation: str
     adapter: str | None
+    backbone: BackboneName
     total_videos: int
     pending_videos: int
 

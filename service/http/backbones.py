@@ -35,7 +35,7 @@ def list_all(tenant: CanSearch, services: InServices) -> dict[str, Any]:
     for choice, fingerprint in [*rows, *((other, "") for other in others if other not in there)]:
         facts = catalogue.get(choice.name)
         shown.append({
-            **choice.to_json(), "fingerprint": fingerprint or None, "own": fingerprint == own["fingerprint"],
+            **choice.shown(), "fingerprint": fingerprint or None, "own": fingerprint == own["fingerprint"],
             "in_memory": fingerprint in resident,
             "parameters": facts and facts.parameters, "image_size": facts and facts.image_size,
             "context_length": facts and facts.context_length, "frame_cost": facts and facts.frame,

@@ -64,7 +64,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
     "SearchAnswer": {
         "data": [_HIT],
         "search_pool": {
-            "collection": "gates", "generation": _GENERATION, "adapter": None, "total_videos": 3, "pending_videos": 0,
+            "collection": "gates", "generation": _GENERATION, "adapter": None, "backbone": _BACKBONE, "total_videos": 3,
+            "pending_videos": 0,
         },
         "timings_ms": {"encode": 9.1, "search": 0.8}, "page_info": _ONE, "warnings": [],
     },

@@ -45,7 +45,7 @@ def readyz(services: InServices) -> Response:
     missing = [name for name, found in checks.items() if not found]
     searches = missing in ([], ["worker"])
     status = ("degraded" if missing else "ready") if searches else "not ready"
-    backbones = [{**each.choice.to_json(), "fingerprint": each.backbone.fingerprint} for each in services.encoder.resident]
+    backbones = [{**each.choice.shown(), "fingerprint": each.backbone.fingerprint} for each in services.encoder.resident]
     caution = services.encoder.choice.caution
     told = {"status": status, "checks": checks, "missing": missing, "backbones": backbones, "warning": caution}
     return JSONResponse(told, 200 if searches else 503)

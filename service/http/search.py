@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
 from service.http import paging
-from service.http.answers import HitOut, PageInfo, SearchAnswer, SearchPool, Warning
+from service.http.answers import BackboneName, HitOut, PageInfo, SearchAnswer, SearchPool, Warning
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
 from service.http.schemas import SearchRequest
 from service.search import filters
@@ -92,6 +92,7 @@ def answer(services: Services, request: Request, found: Found, offset: int, limi
             collection=found.collection.name,
             generation=found.generation.id,
             adapter=found.generation.adapter_id,
+            backbone=BackboneName(**encoder.choice.shown(), fingerprint=found.generation.backbone),
             total_videos=found.total_videos,
             pending_videos=found.pending_videos,
         ),

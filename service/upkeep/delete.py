@@ -173,7 +173,8 @@ def remove_generation(storage: Storage, generation: Generation) -> bool:
 def retain(storage: Storage, settled: float = SETTLED) -> int:
     """Removes the retired generations that no collection's settings keep; returns their number.
 
-    The frozen backbone's generation stays in any case: the way back to it is short, and text-only adapters search its vectors.
+    The generation without adapter of the backbone in use stays in any case: the way back to it is short, and text-only adapters
+    search its vectors.
     """
     with storage.database.read() as connection:
         retired = generation_rows.retired_generations(connection)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -59,9 +61,14 @@ class Client:
     """Every request that ends without an answer is only forgiven if the API process has died."""
 
     def __init__(self, data: Path) -> None:
+        weights = data.with_name("other.safetensors")
+        reference.other_weights(weights)
+        self.backbones = [{"name": "builtin"}, {"name": "builtin", "pretrained": str(weights)}]
+        os.environ["POLYCLIP_BACKBONES"] = json.dumps([f"builtin:{weights}"])
         self.server = Server(data)
         self.shelves = [Shelf("north"), Shelf("south")]
-        self.answers: set[tuple[str, str | None, str, int, float]] = set()  # collection, adapter, text, film, score
+        # collection, backbone, adapter, text, film, score
+        self.answers: set[tuple[str, str, str | None, str, int, float]] = set()
         self.asked = 0  # searches
         self._numbers = itertools.count()
 
@@ -134,19 +141,23 @@ class Client:
         if answer is not None:
             must(answer.status_code == 202, "an adapter's file is accepted", answer.text)
             shelf.weights[answer.json()["adapter_id"]] = weights
-            self._activate(shelf, answer.json()["adapter_id"])
+            self._activate(shelf, {"adapter_id": answer.json()["adapter_id"]})
 
     def switch(self, shelf: Shelf, random: Random) -> None:
         """To an adapter that was in use before, or back to the frozen backbone."""
         known = sorted(list(shelf.weights)[-4:], key=str)
-        self._activate(shelf, random.choice([None, *known]))
+        self._activate(shelf, {"adapter_id": random.choice([None, *known])})
+
+    def change(self, shelf: Shelf, random: Random) -> None:
+        """To the other backbone, or back."""
+        self._activate(shelf, {"backbone": random.choice(self.backbones)})
 
     def train(self, shelf: Shelf, random: Random) -> None:
         body = {"recipe": {**RECIPE, "seed": random.getrandbits(16)}, "activate": "always"}
         self._task(shelf, self.ask("POST", f"/admin/collections/{shelf.name}/adapters", json=body))
 
-    def _activate(self, shelf: Shelf, adapter: str | None) -> None:
-        self._task(shelf, self.ask("POST", f"/admin/collections/{shelf.name}/activate", json={"adapter_id": adapter}))
+    def _activate(self, shelf: Shelf, wish: dict[str, Any]) -> None:
+        self._task(shelf, self.ask("POST", f"/admin/collections/{shelf.name}/activate", json=wish))
 
     def _task(self, shelf: Shelf, answer: Any) -> None:
         if answer is not None:
@@ -169,8 +180,9 @@ class Client:
         ready -= {film.video_id for film in list(shelf.films.values()) if film.fate != "kept"}
         must(ready <= set(found), f"a search of {shelf.name} finds every ready video", sorted(map(str, ready - set(found))))
         must(not gone & set(found), f"a search of {shelf.name} finds no deleted video", sorted(map(str, gone & set(found))))
-        adapter = page["search_pool"]["adapter"]
-        self.answers |= {(shelf.name, adapter, text, hit["metadata"]["number"], round(hit["score"], 4)) for hit in page["data"]}
+        maker = page["search_pool"]["backbone"]["fingerprint"], page["search_pool"]["adapter"]
+        scores = {(hit["metadata"]["number"], round(hit["score"], 4)) for hit in page["data"]}
+        self.answers |= {(shelf.name, *maker, text, *told) for told in scores}
         self.asked += 1
         return True
 
@@ -218,7 +230,9 @@ class Traffic:
                 return
 
     def _write(self, random: Random, first: Sequence[str], more: bool) -> None:
-        drawn = (random.choices(("upload", "delete", "switch", "publish"), (6, 3, 2, 1))[0] for _ in itertools.count())
+        drawn = (
+            random.choices(("upload", "delete", "switch", "publish", "change"), (6, 3, 2, 1, 1))[0] for _ in itertools.count()
+        )
         for order in itertools.chain(first, drawn if more else ()):
             shelf = random.choice(self._client.shelves)
             if order == "upload" and len(shelf.kept()) >= MOST:

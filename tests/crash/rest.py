@@ -94,9 +94,14 @@ def _tasks(client: Client, shelf: Shelf, trainer_killed: bool) -> None:
             must(answer.status_code == 200, "a trained adapter can be fetched", answer.text)
             shelf.weights[result["adapter_id"]] = answer.content
         if result.get("activated"):
-            switched.append((result.get("trained_at", task["created_at"]), result["adapter_id"]))
-    shelf.active = max(switched, default=("", shelf.active))[1]
-    active = client.ask("GET", f"/collections/{shelf.name}").json()["active_adapter"]
+            asked = result.get("trained_at", task["created_at"])
+            switched.append((asked, result["adapter_id"], result.get("backbone")))
+    _, shelf.active, changed = max(switched, key=lambda switch: switch[0], default=("", shelf.active, None))
+    found = client.ask("GET", f"/collections/{shelf.name}").json()
+    active, backbone = found["active_adapter"], found["backbone"]["pretrained"]
+    if changed is not None:
+        wanted = changed["pretrained"] and Path(changed["pretrained"]).name
+        must(backbone == wanted, f"{shelf.name} is on the backbone {changed} that was asked for last", backbone)
     must(active == shelf.active, f"{shelf.name} uses adapter {shelf.active}, of the switches {switched}", active)
     shelf.tasks, shelf.seen = set(), set(known)
 
@@ -111,11 +116,11 @@ def _searches(client: Client, shelf: Shelf) -> None:
 
 
 def _scores(client: Client) -> None:
-    """Every answer since the last rest was computed with the adapter that it names, and with that one alone."""
+    """Every answer since the last rest was computed with the backbone and adapter that it names, and with these alone."""
     weights = {shelf.name: shelf.weights for shelf in client.shelves}
-    for name, adapter, text, number, told in client.answers:
+    for name, backbone, adapter, text, number, told in client.answers:
         must(adapter in weights[name], f"an answer of {name} names an adapter of {name}", adapter)
-        right = score(weights[name][adapter], text, number)
+        right = score(backbone, weights[name][adapter], text, number)
         must(abs(told - right) < TOLERANCE, f"film {number} scores {right:.4f} for {text!r} with adapter {adapter}", told)
     client.answers.clear()
 
