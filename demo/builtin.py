@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "patch_size": 8, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4},
 }
-PHRASES = 2  # of a scene and step, beside a whole caption
+PHRASES = 6  # of a scene and step, beside a whole caption
 HELD_OUT = 500
 HELD_OUT_SEED = 7_000
 
@@ -98,7 +98,7 @@ def backbone_of(model: CLIP) -> Backbone:
 
 
 def train(model: CLIP, options: argparse.Namespace, tell: Callable[[str], None]) -> None:
-    """Symmetric cross-entropy over a batch of scenes: one frame of each, with a whole caption and with PHRASES phrases."""
+    """`fitting_loss` over a batch of scenes: one frame of each, with a whole caption and with PHRASES phrases."""
     drawn = scenes("daylight", options.scenes, options.seed)
     pixels = draw(drawn)  # (S, 2, 3, 64, 64) uint8
     tell(f"{len(drawn)} scenes drawn")
@@ -130,8 +130,9 @@ def train(model: CLIP, options: argparse.Namespace, tell: Callable[[str], None])
         images = F.normalize(learner.encode_frames(frames), dim=-1)
         words = F.normalize(learner.encode_text(learner.tokenize(texts).ids), dim=-1)
         logits = (logit_scale.exp() * words @ images.T).unflatten(0, (1 + PHRASES, -1))  # (kinds, B, B)
-        losses = [part_loss(rows, torch.from_numpy(fit)) for rows, fit in zip(logits, fitting, strict=True)]
-        loss = torch.stack(losses).mean()
+        whole, *parts = (fitting_loss(rows, torch.from_numpy(fit)) for rows, fit in zip(logits, fitting, strict=True))
+        part = torch.stack(parts).mean()
+        loss = (whole + 2 * part) / 3
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*weights.values(), logit_scale], 1.0)
@@ -140,8 +141,7 @@ def train(model: CLIP, options: argparse.Namespace, tell: Callable[[str], None])
         with torch.no_grad():
             logit_scale.clamp_(0, math.log(100))
         if step % 25 == 0 or step == 1:
-            whole, *parts = (part.item() for part in losses)
-            tell(f"step {step} loss {whole:.4f} whole, {np.mean(parts):.4f} part; scale {logit_scale.exp().item():.1f}")
+            tell(f"step {step} loss {whole.item():.4f} whole, {part.item():.4f} part; scale {logit_scale.exp().item():.1f}")
         if step % 500 == 0:
             with torch.no_grad():
                 for line in held_out(learner, "daylight"):
@@ -150,13 +150,16 @@ def train(model: CLIP, options: argparse.Namespace, tell: Callable[[str], None])
         model.load_state_dict({**learner.weights(), "logit_scale": logit_scale})
 
 
-def part_loss(logits: Tensor, fitting: Tensor) -> Tensor:
-    """Symmetric cross-entropy of texts (B) with the images (B) of their scenes; another scene that `fitting` (B, B) says has
-    what the text asks for is not a negative.
+def fitting_loss(logits: Tensor, fitting: Tensor) -> Tensor:
+    """Cross-entropy of texts (T) with images (B) and of images with texts: of each pair that fits (`fitting`, (T, B)) against
+    those of its row, or its column, that do not. With one fitting image for each text it is CLIP's loss.
     """
-    logits = logits.masked_fill(fitting & ~torch.eye(len(logits), dtype=torch.bool), -torch.inf)
-    target = torch.arange(len(logits))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    sides = []
+    for scores, fits in ((logits, fitting), (logits.T, fitting.T)):
+        against = scores.masked_fill(fits, -torch.inf).logsumexp(dim=1, keepdim=True).clamp_min(-1e4)
+        pairs = F.softplus(against - scores) * fits
+        sides.append((pairs.sum(dim=1) / fits.sum(dim=1)).mean())
+    return (sides[0] + sides[1]) / 2
 
 
 def held_out(backbone: Backbone, world: str) -> list[str]:
