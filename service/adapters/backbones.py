@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+AGAIN_SECONDS = 60.0  # after which searches have a backbone loaded again that could not be
+
 
 class OtherBackbone(PolyclipError):
     """The data folder, or a generation in it, was made with another backbone than the one at hand."""
@@ -184,6 +186,7 @@ class Beside:
         self._lock = threading.Lock()
         self._loading: dict[BackboneChoice, Future[Encoder]] = {}
         self._held: tuple[BackboneChoice, Encoder] | None = None
+        self._failed: tuple[BackboneChoice, float, Future[Encoder]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="backbones")
 
     @property
@@ -205,8 +208,11 @@ class Beside:
         return self.load(choice, fingerprint)
 
     def load(self, choice: BackboneChoice, fingerprint: str | None = None) -> Future[Encoder]:
-        """The encoder of a backbone by its name, and `fingerprint`, if that is known."""
+        """The encoder of a backbone by its name, and `fingerprint`, if that is known: then a failure is kept for a while."""
         with self._lock:
+            failed = self._failed
+            if fingerprint and failed and failed[0] == choice and time.monotonic() - failed[1] < AGAIN_SECONDS:
+                return failed[2]
             if self._held is not None and self._held[0] == choice:
                 done: Future[Encoder] = Future()
                 done.set_result(self._held[1])
@@ -233,6 +239,9 @@ class Beside:
             log.info("backbone_loaded", name=choice.name, fingerprint=found[:12], seconds=round(time.monotonic() - started, 1))
             self._held = choice, encoder
             return encoder
+        except Exception:
+            self._failed = choice, time.monotonic(), self._loading[choice]
+            raise
         finally:
             with self._lock:
                 del self._loading[choice]

@@ -32,6 +32,7 @@ from training.trainer import EVIDENCE, MINIMUM_QUERIES
 
 MINIMUM_VIDEOS = 10
 TRAINING = 0.8  # of a task's progress; the rest is the building of a generation
+FIRST = 0.25  # of the progress of a training that begins with the text tower
 
 
 class TooFewCaptions(PolyclipError):
@@ -74,26 +75,54 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Trains, publishes and, as `activate` asks, activates an adapter; returns the task's result.
 
-    May be run again after a crash: training goes on from its last checkpoint, unless videos or captions have changed, and a
-    version that has been published is not trained again: the task's row names it. `progress` may raise Cancelled.
+    With `text_first`, an adapter of the text tower comes before it, whose switch embeds nothing; the second one is then
+    compared with it. May be run again after a crash: training goes on from its last checkpoint, unless videos or captions have
+    changed, and a published version is not trained again: the task's row names it. `progress` may raise Cancelled.
     After a turn's time, where another tenant's training is `waited_for`, raises TurnOver.
     """
+
+    def stage(made: Mapping[str, Any], recipe: Mapping[str, Any], out: Path, told: Tell) -> dict[str, Any]:
+        if "adapter_id" not in made:
+            made = _trained(storage, encoder, trainers, tenant, task, recipe, out, told, waited_for)
+        return _judged(storage, encoder, decoders, tenant, task, made, told, spread)
+
+    recipe, out, done = task.request["recipe"], _folder(storage, task), dict(task.result or {})
+    if not task.request.get("text_first"):
+        return stage(done, recipe, out, progress)
+    first = done.get("text_first", {})
+    if "activated" not in first:
+        first = stage(first, {**recipe, "scope": "text"}, out / "text", lambda part: progress(part.within(0, FIRST)))
+        done["text_first"] = first
+        with storage.database.write() as connection:
+            task_rows.set_task(connection, tenant, task.id, result=done)
+    return {"text_first": first, **stage(done, recipe, out, lambda part: progress(part.within(FIRST, 1)))}
+
+
+def _judged(
+    storage: Storage,
+    encoder: Encoder,
+    decoders: Decoders,
+    tenant: str,
+    task: Task,
+    made: Mapping[str, Any],
+    progress: Tell,
+    spread: Spread | None,
+) -> dict[str, Any]:
+    """Activates a published version if it is to be; what came of it."""
     collection_id = str(task.collection_id)
-    made = task.result or _trained(storage, encoder, trainers, tenant, task, progress, waited_for)
     with storage.database.read() as connection:
         version = adapter_rows.adapter(connection, tenant, collection_id, made["adapter_id"])
-        known = generation_rows.generations_of(connection, tenant, collection_id)
+        active = generation_rows.active_of(connection, tenant, collection_id)
     metrics = version.manifest["metrics"]
     result = {
-        **made,
+        **{name: made[name] for name in ("adapter_id", "trained_at")},
         "digest": version.digest,
         "metrics": {name: metrics[name] for name in ("before", "in_use", "after", "gain", "rank_gain") if name in metrics},
         **{name: metrics[name] for name in EVIDENCE if name in metrics},
     }
     wanted = task.request["activate"]
     activated, reason = verdict(metrics, wanted)
-    active = next((g for g in known if g.state == "active"), None)
-    if wanted == "if_better" and active is not None:
+    if wanted == "if_better":
         if active.digest not in (version.digest, result["metrics"].get("in_use", {}).get("digest")):
             activated, reason = False, "another adapter came into use while this one was trained: they have not been compared"
         if active.backbone != version.manifest["backbone"]:
@@ -113,20 +142,23 @@ def _trained(
     trainers: Trainers,
     tenant: str,
     task: Task,
+    recipe: Mapping[str, Any],
+    out: Path,
     progress: Tell,
     waited_for: Callable[[], bool],
 ) -> dict[str, Any]:
     """Trains and publishes; notes in the task's row what came of it, which names the version from then on."""
     collection_id = str(task.collection_id)
-    out = _folder(storage, task)
     if not (out / "manifest.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        _train(storage, encoder, trainers, tenant, collection_id, task.request["recipe"], out, progress, waited_for)
+        _train(storage, encoder, trainers, tenant, collection_id, recipe, out, progress, waited_for)
     version = publish(storage, encoder, tenant, collection_id, *adapters_store.read(out))
     made = {"adapter_id": version.id, "trained_at": now()}
     with storage.database.write() as connection:
-        task_rows.set_task(connection, tenant, task.id, result=made)
-    discard(storage, task)
+        before = dict(task_rows.task(connection, tenant, task.id).result or {})
+        told = {**before, **made} if out == _folder(storage, task) else {**before, "text_first": made}
+        task_rows.set_task(connection, tenant, task.id, result=told)
+    shutil.rmtree(out, ignore_errors=True)
     return made
 
 

@@ -28,6 +28,7 @@ from service.storage.collection_rows import Collection
 from service.storage.tables import now
 from service.storage.tenant_rows import Tenant
 from service.upkeep.delete import delete_adapter
+from training.recipe import InvalidRecipe
 
 router = APIRouter(route_class=KeyFirst, tags=["adapters"], responses=PROBLEMS)
 
@@ -42,11 +43,13 @@ def train(
     with services.storage.database.read() as connection:
         collection = collection_of(connection, tenant, name)
         backbone = generation_rows.active_of(connection, tenant.id, collection.id).backbone
-    check_recipe(services.storage, services.encoder.of(backbone), recipe)
+    checked = check_recipe(services.storage, services.encoder.of(backbone), recipe)
+    if body.text_first and checked.scope != "both":
+        raise InvalidRecipe(f"text_first goes with the scope both, not {checked.scope}")
 
     def add(connection: Connection, collection: Collection) -> Task:
         check_captions(connection, tenant.id, collection.id)
-        request = {"recipe": recipe, "activate": body.activate}
+        request = {"recipe": recipe, "activate": body.activate, "text_first": body.text_first}
         return task_rows.add_task(connection, tenant.id, collection.id, "train_adapter", request)
 
     return _queue(services, tenant, name, key, ["train", body.model_dump()], add)

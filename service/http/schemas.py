@@ -54,6 +54,11 @@ class TrainRequest(In):
     )
     scope: Literal["both", "text", "vision"] | None = None
     activate: Literal["if_better", "always", "never"] = "if_better"
+    text_first: bool = Field(
+        False,
+        description="Train an adapter of the text tower first: it is in use within a minute or two, as no video is embedded "
+        "again. The whole one follows and is compared with it.",
+    )
 
 
 class BackboneIn(In):

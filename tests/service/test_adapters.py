@@ -143,18 +143,25 @@ def test_too_few_captions_and_bad_recipes_are_refused_at_once(tenant: Tenant) ->
     assert tenant.post(path, role="write").json()["code"] == "role_too_low"
 
 
-def test_a_text_adapter_shares_the_video_vectors(server: Server, tenant: Tenant) -> None:
+def test_a_text_adapter_shares_the_video_vectors_and_can_come_before_the_whole_one(server: Server, tenant: Tenant) -> None:
     collection, videos = tenant.filled(range(40, 52), captions=True)
     before = scores(tenant, collection)
-    body = {"recipe": RECIPE, "scope": "text", "activate": "always"}
-    result = tenant.done(tenant.post(f"/admin/collections/{collection}/adapters", body))
-    assert tenant.search(collection)["search_pool"]["adapter"] == result["adapter_id"]
+    path = f"/admin/collections/{collection}/adapters"
+    assert tenant.post(path, {"scope": "vision", "text_first": True}).json()["code"] == "invalid_recipe"
+    whole = tenant.done(tenant.post(path, {"recipe": RECIPE, "activate": "always", "text_first": True}))
+    first = whole["text_first"]
+    assert (first["activated"], first["embedded"]) == (True, 0)
+    assert (whole["activated"], whole["embedded"]) == (True, 12)
+    assert whole["metrics"]["in_use"]["digest"] == first["digest"], "it says what it brings beyond the first"
+    listed = {row["id"]: row["scope"] for row in tenant.get(f"/collections/{collection}/adapters").json()["data"]}
+    assert listed == {first["adapter_id"]: "text", whole["adapter_id"]: "both"}
+    tenant.done(tenant.post(f"/admin/collections/{collection}/activate", {"adapter_id": first["adapter_id"]}))
     assert scores(tenant, collection) != before
     with sqlite3.connect(server.data / "polyclip.sqlite") as database:
         marks = ",".join("?" * len(videos))
         rows = database.execute(f"select count(*) from segments where video_id in ({marks})", videos).fetchone()[0]
     database.close()
-    assert rows == 12
+    assert rows == 24, "of the frozen backbone, which the first searches too, and of the second"
     late = tenant.upload(collection, clip(58)).json()["video_id"]
     tenant.all_ready(collection, [late])
     assert late in tenant.found(collection)

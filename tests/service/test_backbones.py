@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from serving import ROOT, clip, new_tenant
 from workshop import Workshop, application
 
+import backbone as backbone_package
 from backbone import load_backbone, rescore, room
 from indexer.frames import FrameArchive
 from service.adapters import activate as generations
@@ -251,3 +253,28 @@ def test_the_vectors_of_a_backbone_left_behind_go_after_a_while(workshop: Worksh
     assert states(workshop, collection) == [(OTHER["name"], "active")]
     workshop.activate(collection, None)
     assert len(search(workshop, collection)[1]) == 1
+
+
+def test_a_backbone_that_cannot_be_loaded_any_more_stops_its_own_collection_alone(tmp_path: Path, data: Path) -> None:
+    weights = tmp_path / "ours.safetensors"
+    weights.write_bytes((Path(backbone_package.__file__).parent / "weights" / "builtin.safetensors").read_bytes())
+    tensors = load_file(weights)
+    save_file({**tensors, "text_projection": tensors["text_projection"].flip(0).contiguous()}, weights)
+    ours = {"name": "builtin", "pretrained": str(weights)}
+    with application(data, backbones=(f"builtin:{weights}",)) as client:
+        workshop = Workshop(new_tenant(client))
+        (one, _), (two, _) = workshop.filled([1]), workshop.filled([2])
+        change(workshop, one, ours)
+        shown = workshop.guest.get(f"/collections/{one}").json()["backbone"]
+        assert (shown["name"], shown["pretrained"]) == ("builtin", weights.name), "where it lies is nobody's business"
+        assert change(workshop, two, {"name": "builtin", "pretrained": weights.name})["embedded"] == 1
+        change(workshop, two, OWN)
+        keys = workshop.guest
+    weights.write_bytes(b"")
+    with application(data) as client:
+        guest = type(keys)(client, keys.name, keys.keys)
+        for _ in range(3):
+            answer = guest.post("/search", {"collection": one, "text": TEXT})
+            assert (answer.status_code, answer.json()["code"]) == (503, "backbone_not_found")
+        assert len(search(Workshop(guest), two)[1]) == 1
+        assert guest.post("/search", {"collection": two, "text": TEXT}).status_code == 200
