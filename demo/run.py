@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from demo.worlds import write_world
+from demo.phrases import draw_phrase
+from demo.worlds import scenes, write_world
 from service.errors import PolyclipError
 
 console = Console(highlight=False)
@@ -84,6 +86,7 @@ def run(data: Path, port: int, check: bool) -> int:
                         console.print(f"search while the rest is made: [bold]{page_url(url, state)}[/]", soft_wrap=True)
                         examples = " · ".join(f'"{captions[0]}"' for _, captions in worlds[c.name][:3])
                         console.print(f"for example, in {c.name}: {examples}", markup=False)
+                        console.print(f"or a part of a scene in words of your own: {own_words(c)}", markup=False)
             zero_shot = {c.name: answers(http, state, c, worlds[c.name]) for c in COLLECTIONS}
             result = train(http, state)
             learned = answers(http, state, TRAINED, worlds[TRAINED.name])
@@ -93,6 +96,13 @@ def run(data: Path, port: int, check: bool) -> int:
                 console.print(f"\nopen [bold]{page_url(url, state)}[/]  (Ctrl-C ends the service)", soft_wrap=True)
                 wait_for_interrupt()
     return 0 if passed or not check else 1
+
+
+def own_words(c: Collection) -> str:
+    """Some phrases that each are true of a clip."""
+    rng = np.random.default_rng(c.seed)
+    phrases = (draw_phrase(scene, rng, facts=3) for scene in scenes(c.name, 4, c.seed))
+    return " · ".join(f'"{phrase.text}"' for phrase in phrases)
 
 
 def draw_world(folder: Path, c: Collection) -> list[tuple[Path, list[str]]]:
