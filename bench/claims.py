@@ -124,7 +124,7 @@ def read() -> dict[str, dict[str, Any]]:
     if not CELLS.exists():
         return {}
     rows = [json.loads(line) for line in CELLS.read_text().splitlines() if line.endswith("}")]
-    return {row["name"]: row for row in rows if row["weights"] == weights()}
+    return {row["name"]: row for row in rows if row.get("weights") == weights()}
 
 
 def weights() -> str:
