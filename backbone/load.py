@@ -64,7 +64,7 @@ def load_backbone(
     try:
         words = _tokenizer(name, pretrained, tokenizer)
         with _quiet():
-            check_room(name, device)
+            check_room(name, device, copies=1 if pretrained == RANDOM else 2)
         model, config = _create(name, pretrained, seed)
         return Backbone(name, model, words, device=device, dtype=dtype, **config)
     except (BackboneNotFound, UnsupportedBackbone):

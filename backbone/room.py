@@ -10,16 +10,17 @@ import torch
 
 from backbone.towers import UnsupportedBackbone
 
-LOADED = 8  # bytes of a value in the host's memory: once as the file has it, once as the model does
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_room(name: str, device: torch.device | str) -> None:
-    """Raises UnsupportedBackbone where an open_clip model needs more memory than is free."""
+def check_room(name: str, device: torch.device | str, copies: int) -> None:
+    """Raises UnsupportedBackbone where an open_clip model needs more memory than is free: so many `copies` of its values in
+    float32 in the host's, two where a file is read.
+    """
     values = sum(parameter.numel() for parameter in open_clip.create_model(name, device="meta").parameters())
-    room = {"memory": (LOADED * values, free_memory())}
+    room = {"memory": (4 * copies * values, free_memory())}
     if torch.device(device).type == "cuda":
-        room["GPU memory"] = (4 * values, torch.cuda.mem_get_info(device)[0])  # float32 first
+        room["GPU memory"] = (4 * values, torch.cuda.mem_get_info(device)[0])
     for where, (needed, free) in room.items():
         if needed > free:
             told = f"{needed / 1e9:.1f} GB of {where}, {free / 1e9:.1f} GB are free: take a smaller one"
