@@ -15,10 +15,12 @@ from service.adapters.encoder import Encoder
 from service.http import (
     adapters,
     admin,
+    alerts,
     archive,
     backbones,
     collections,
     document,
+    feedback,
     health,
     media,
     problems,
@@ -73,7 +75,20 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     app.add_middleware(Observe, metrics=app.state.metrics, body_bytes=settings.body_bytes)
     app.add_middleware(Head)
     problems.install(app)
-    for module in (search, collections, backbones, videos, tasks, adapters, admin, archive, media, health):
+    for module in (
+        search,
+        feedback,
+        collections,
+        backbones,
+        videos,
+        alerts,
+        tasks,
+        adapters,
+        admin,
+        archive,
+        media,
+        health,
+    ):
         app.include_router(module.router)
     document.install(app)
     return app

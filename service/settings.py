@@ -30,7 +30,10 @@ class Settings(BaseSettings):
     )
     metrics_open: bool = Field(False, description="Answer `/metrics` without the operator's key.")
     wrong_keys: int = Field(100, ge=1, description="Unknown keys that an address may send in a minute before it must wait.")
-    event_streams: int = Field(20, ge=1, description="Streams of task events that one key may hold open in one process.")
+    event_streams: int = Field(20, ge=1, description="Streams of events that one key may hold open in one process.")
+    alerts: int = Field(1000, ge=0, description="Alerts (standing queries) that a tenant may have.")
+    feedback: int = Field(20_000, ge=0, description="Statements of feedback that a collection keeps.")
+    private_urls: bool = Field(False, description="Call URLs that tenants name at private addresses too.")
     backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
     pretrained: str | None = Field(
         None, description="Weights of that model: a tag, a file, a repository of the hub, or `random`."
@@ -105,7 +108,7 @@ class Settings(BaseSettings):
     keep_generation_days: float = Field(30.0, ge=0, description="Days after which a retired generation is removed.")
     job_tries: int = Field(6, ge=1, description="Tries of a task that fails by what may pass, minutes apart at last.")
     job_deaths: int = Field(3, ge=1, description="Deaths of its worker after which a task that ran each time fails.")
-    keep_task_days: float = Field(90.0, ge=0, description="Days after which a task that has ended is forgotten.")
+    keep_task_days: float = Field(90.0, ge=0, description="Days after which ended tasks and alerts' events are forgotten.")
     idempotency_hours: float = Field(24.0, gt=0, description="Hours for which an `Idempotency-Key` is remembered.")
     worker_id: str = Field("0", description="Tells workers on one data folder apart (PostgreSQL); the same at each start.")
     url_seconds: int = Field(3600, ge=1, description="Life of a signed media URL, in seconds.")

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "service": {"backbone", "adapters_store", "indexer", "training"},
     "demo": {"backbone", "adapters_store", "indexer", "training", "service"},
 }
-FEATURES = {"search", "videos", "adapters", "upkeep"}
+FEATURES = {"search", "videos", "adapters", "feedback", "alerts", "upkeep"}
 ROOMS = {  # inside `service`: a room, and those that it may import
     "storage": set(),
     "jobs": {"storage"},
@@ -22,7 +22,7 @@ ROOMS = {  # inside `service`: a room, and those that it may import
     "http": FEATURES | {"jobs", "storage"},
     "cli": FEATURES | {"jobs", "storage"},
 }
-OPEN_TO_ALL = {"settings", "logs", "errors"}  # modules beside the rooms
+OPEN_TO_ALL = {"settings", "logs", "errors", "net"}  # modules beside the rooms
 STARTS_THE_APPLICATION = {"service/cli/serve.py"}
 
 

@@ -1,7 +1,8 @@
 """Captioned videos for training: read from a JSONL, split by video, pixels decoded once.
 
-A line is `{"video": id, "frames": path of its cached frames, "captions": [{"text", "start", "end"}, …], "split"?}`;
-`split` is train, validation or test. Where no line says validation, a part of the training videos is held out for it.
+A line is `{"video": id, "frames": path of its cached frames, "captions": [{"text", "start", "end"}, …]}`. It may have a
+`split`: train, validation or test; where no line says validation, a part of the training videos is held out for it. And
+`feedback`, what users said of hits, `[{"text", "start", "end", "relevant"}, …]`: it is trained on, and never held out.
 """
 
 from __future__ import annotations
@@ -46,43 +47,55 @@ class Clips(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A caption and the clip that it tells of: `clip` is a row of the clips."""
+    """A text and a clip: `clip` is a row of the clips. A caption and what it tells of, or of a user's query (`clicked`) what
+    he called relevant, or irrelevant."""
 
     clip: int
     text: str
     video: str
+    clicked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """No video has captions in two of them."""
+    """No video has captions in two of them. `clicked` and `rejected`: what users called relevant and irrelevant, of videos that
+    may be trained on."""
 
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...] = ()
+    clicked: tuple[Pair, ...] = ()
+    rejected: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`pairs` in the order of the file; `splits` by video, where the file names them."""
+    """`pairs` in the order of the file; `splits` by video, where the file names them. Feedback as of `Split`."""
 
     clips: Clips
     pairs: tuple[Pair, ...]
     splits: Mapping[str, str]
+    clicked: tuple[Pair, ...] = ()
+    rejected: tuple[Pair, ...] = ()
 
     def split(self, share: float) -> Split:
         """Holds out about `share` of the training videos, at least one, where no video is named for validation.
 
         By a hash of their ids: a video keeps its side as the collection grows, so two adapters are compared on the same
-        held-out videos. Raises InvalidDataset where a side stays empty.
+        held-out videos. A video with feedback alone has the side that it will have with captions. Raises InvalidDataset where a
+        side stays empty.
         """
         side = {video: self.splits.get(video, "train") for video in {pair.video for pair in self.pairs}}
+        told = {pair.video: self.splits.get(pair.video, "train") for pair in (*self.clicked, *self.rejected)}
         if "validation" not in side.values():
-            side |= dict.fromkeys(_held_out([v for v, s in side.items() if s == "train"], share), "validation")
+            told |= dict.fromkeys((v for v, s in told.items() if s == "train" and falls_out(v, share)), "validation")
+            side |= dict.fromkeys(held_out([v for v, s in side.items() if s == "train"], share), "validation")
         parts = {name: tuple(p for p in self.pairs if side[p.video] == name) for name in SPLITS}
         if not parts["train"]:
             raise InvalidDataset("the split 'train' is empty")
-        return Split(**parts)
+        told |= side
+        clicked, rejected = (tuple(p for p in pairs if told[p.video] == "train") for pairs in (self.clicked, self.rejected))
+        return Split(**parts, clicked=clicked, rejected=rejected)
 
     def thumbnail(self, clip: int) -> bytes | None:
         """A clip's middle frame as a small JPEG; None where its archive is gone."""
@@ -96,8 +109,10 @@ class Dataset:
         return file.getvalue()
 
     def digest(self) -> str:
-        """Names the captions, the clips that they tell of and the splits: sha256, hex."""
+        """Names the captions, the clips that they tell of, the splits and the feedback: sha256, hex."""
         facts = [[(p.clip, p.text, p.video) for p in self.pairs], sorted(self.splits.items()), self.clips.frames]
+        if self.clicked or self.rejected:
+            facts += [[(p.clip, p.text) for p in pairs] for pairs in (self.clicked, self.rejected)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -109,7 +124,8 @@ def load_dataset(path: Path, scratch: Path, form: Form | int, frames: int = CACH
     """
     rows: dict[tuple[str, float | None, float | None], int] = {}
     sources: list[_Source] = []
-    pairs = []
+    pairs: list[Pair] = []
+    said: dict[bool, list[Pair]] = {True: [], False: []}
     splits: dict[str, str] = {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")  # nothing else ends a line of JSON: a caption may hold U+2028
@@ -121,28 +137,33 @@ def load_dataset(path: Path, scratch: Path, form: Form | int, frames: int = CACH
         try:
             row = json.loads(line)
             video, archive = str(row["video"]), Path(row["frames"])
-            captions = [(c["text"], c.get("start"), c.get("end")) for c in row["captions"]]
+            captions = [(c["text"], c.get("start"), c.get("end"), None) for c in row["captions"]]
+            captions += [(f["text"], f.get("start"), f.get("end"), bool(f["relevant"])) for f in row.get("feedback", ())]
             if row.get("split") is not None:
                 splits[video] = row["split"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataset(f"{path.name}, line {number}: {error!r}") from error
         if splits.get(video, "train") not in SPLITS:
             raise InvalidDataset(f"{path.name}, line {number}: the split is {splits[video]!r}, not one of {', '.join(SPLITS)}")
-        for text, start, end in captions:
+        for text, start, end, relevant in captions:
             if not isinstance(text, str) or not text.strip():
                 raise InvalidDataset(f"{path.name}, line {number}: a caption of {video} is empty")
             key = (video, start, end)
             if key not in rows:
                 rows[key] = len(sources)
                 sources.append(_Source(video, archive, start, end))
-            pairs.append(Pair(rows[key], text, video))
+            (pairs if relevant is None else said[relevant]).append(Pair(rows[key], text, video, relevant is not None))
     if not pairs:
         raise InvalidDataset("there is no captioned video to train on")
     archived = _ArchivedClips(tuple(sources), form, frames)
     side = form if isinstance(form, int) else form.side
     small = len(sources) * frames * 3 * side**2 <= PIXEL_BYTES
     clips = _cached(archived, len(sources), side, scratch, decode) if small else archived
-    return Dataset(clips, tuple(pairs), splits)
+    known = {(pair.clip, pair.text) for pair in pairs}
+    clicked = tuple(dict.fromkeys(pair for pair in said[True] if (pair.clip, pair.text) not in known))
+    known |= {(pair.clip, pair.text) for pair in clicked}
+    rejected = tuple(dict.fromkeys(pair for pair in said[False] if (pair.clip, pair.text) not in known))
+    return Dataset(clips, tuple(pairs), splits, clicked, rejected)
 
 
 class Batches:
@@ -267,12 +288,18 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type[Scalar], new: bool = 
     return np.memmap(path, dtype, "r+", shape=shape)
 
 
-def _held_out(videos: list[str], share: float) -> Iterator[str]:
+def held_out(videos: Sequence[str], share: float) -> Iterator[str]:
+    """Which of these captioned videos are kept from a training, about a `share`. Raises InvalidDataset for less than two."""
     if len(videos) < 2:
         raise InvalidDataset(f"an adapter needs captions of at least 2 training videos, there are {len(videos)}")
     ordered = sorted(videos, key=hash_of)
-    held = [video for video in ordered if hash_of(video) < share * 2**64] or ordered[:1]
+    held = [video for video in ordered if falls_out(video, share)] or ordered[:1]
     return iter(held[: len(videos) - 1])
+
+
+def falls_out(video: str, share: float) -> bool:
+    """Whether a video is held out, but for the few cases in which a side would be empty."""
+    return hash_of(video) < share * 2**64
 
 
 def hash_of(video: str) -> int:

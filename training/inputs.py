@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backbone import Backbone, Prefix
 from training.dataset import Batches, Clips, Pair, mapped, pick_frames
+from training.feedback import Feedback, Judged
 from training.ranks import Ranks
 from training.recipe import Recipe
 
@@ -48,13 +49,17 @@ class Inputs:
         ranks: Ranks,
         first_layers: tuple[int, int],
         scratch: Path | None,
+        rejected: Sequence[Pair] = (),
     ) -> None:
+        """`rejected`: hard negatives, some of which are encoded beside each batch (`Feedback`)."""
         size = min(recipe.batch_size, len({pair.clip for pair in pairs}))
         self.batches = Batches(pairs, size - size % ranks.count, recipe.seed)
+        self._feedback = Feedback.of(pairs, rejected, recipe)
         self._backbone, self._clips, self._recipe, self._ranks = backbone, clips, recipe, ranks
         self._visual_layers, self._text_layers = first_layers
-        self._text_row = {text: row for row, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
+        self._text_row = {text: row for row, text in enumerate(dict.fromkeys(pair.text for pair in (*pairs, *rejected)))}
         self._tokens = backbone.trim(backbone.tokenize(list(self._text_row), recipe.words).ids)
+        self._clip_rows = sorted({*self.batches.clips, *(pair.clip for pair in rejected)})
         self._text_states: NDArray[np.float32] | None = None
         self._frame_states: NDArray[np.float32] | None = None
         if scratch is not None and self._visual_layers:
@@ -76,12 +81,25 @@ class Inputs:
                 yield step, parts.result()
 
     def clips_of(self, step: int) -> Tensor:
-        """(B,) the clip of each row of a step's batch, of all ranks."""
+        """(B,) the clip of each pair of a step's batch, of all ranks."""
         return torch.tensor([pair.clip for pair in self.batches[step - 1]])
 
-    def parts(self, step: int) -> list[Part]:
-        """What this rank encodes in a step, counted from 1."""
+    def judged_of(self, step: int) -> Judged | None:
+        """What feedback says of a step's batch; None where there is none."""
+        if self._feedback is None:
+            return None
         pairs = self.batches[step - 1]
+        return self._feedback.judge(pairs, self._negatives(step, pairs))
+
+    def _negatives(self, step: int, pairs: Sequence[Pair]) -> list[Pair]:
+        """The hard negatives beside a batch, equal on every rank and as many for each."""
+        found = [] if self._feedback is None else self._feedback.negatives(step, pairs)
+        return found[: len(found) - len(found) % self._ranks.count]
+
+    def parts(self, step: int) -> list[Part]:
+        """What this rank encodes in a step, counted from 1: its share of the pairs, and of the hard negatives behind them."""
+        pairs = self.batches[step - 1]
+        pairs = [*pairs, *self._negatives(step, pairs)]
         rng = np.random.default_rng([self._recipe.seed, step])
         picks = pick_frames(len(pairs), self._clips.frames, self._recipe.frames, rng)  # (B, F), equal on every rank
         share = self._ranks.share(len(pairs))
@@ -107,7 +125,7 @@ class Inputs:
     @torch.inference_mode()
     def _cached_frame_states(self, path: Path) -> NDArray[np.float32] | None:
         """What the layers before the first adapter make of every frame, (clips, F, T, width); None where it is too much."""
-        backbone, rows = self._backbone, self.batches.clips
+        backbone, rows = self._backbone, self._clip_rows
 
         def states(row: int) -> NDArray[np.float32]:
             pixels = torch.from_numpy(self._clips.pixels([row])[0])

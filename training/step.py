@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backbone import Adapter, AdapterShape, Backbone, Prefix, mean_pool, q_score
+from training.feedback import Judged
 from training.inputs import Part
 from training.ranks import Ranks
 from training.recipe import Recipe
@@ -49,10 +51,17 @@ class Learner:
         return texts.float()[part.text_of.to(texts.device)], by_clip[part.clip_of.to(texts.device)]
 
 
-def backward(learner: Learner, parts: Sequence[Part], clips: Tensor, first_layers: tuple[int, int], ranks: Ranks) -> float:
+def backward(
+    learner: Learner,
+    parts: Sequence[Part],
+    clips: Tensor,
+    first_layers: tuple[int, int],
+    ranks: Ranks,
+    judged: Judged | None = None,
+) -> float:
     """Accumulates the gradient of the whole batch's loss in the learner's tensors; returns the loss.
 
-    `parts` are this rank's, `clips` (B,) those of all ranks' rows.
+    `parts` are this rank's, `clips` (B,) those of all ranks' pairs. With `judged`, hard negatives are rows behind the pairs.
 
     The loss needs every vector of the batch at once, the encoders do not: the gradient at the vectors is taken first,
     then each part is carried back through the encoders alone, encoded anew where there are several (gradient caching,
@@ -64,7 +73,8 @@ def backward(learner: Learner, parts: Sequence[Part], clips: Tensor, first_layer
         encoded = [learner.encode(part, first_layers) for part in parts]
     own = tuple(torch.cat([vectors[side] for vectors in encoded]) for side in (0, 1))
     texts, frames = (ranks.gather(vectors.detach()).requires_grad_() for vectors in own)
-    loss = contrastive_loss(texts, frames, clips.to(texts.device), learner.backbone.logit_scale, recipe)
+    what = texts, frames, clips.to(texts.device), learner.backbone.logit_scale, recipe
+    loss = contrastive_loss(*what) if judged is None else judged_loss(*what, judged)
     gradients = torch.autograd.grad(loss, (texts, frames))
     share = ranks.share(len(texts))
     by_part = zip(*(g[share].split([len(part.text_of) for part in parts]) for g in gradients), strict=True)
@@ -86,11 +96,39 @@ def pair_losses(texts: Tensor, frames: Tensor, clips: Tensor, scale: float, reci
 
     Two rows of one clip (`clips`, (B,)) are not each other's negatives.
     """
-    similarity = q_score(texts, frames, recipe.temperature) if recipe.pooling == "q_score" else mean_pool(texts, frames)
+    similarity = _similarity(texts, frames, recipe)
     twins = (clips[:, None] == clips).fill_diagonal_(False)
     logits = (scale * similarity).masked_fill(twins, -torch.inf)  # (B, B)
     target = torch.arange(len(texts), device=texts.device)
     return (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+
+
+def judged_loss(texts: Tensor, frames: Tensor, clips: Tensor, scale: float, recipe: Recipe, judged: Judged) -> Tensor:
+    """The mean of the pairs' losses, with what users said: rows (B + N) as `Judged` has them, `clips` (B,).
+
+    Text → video, a hard negative stands among the clips that a pair's text is told apart from, counted `recipe.feedback` times.
+    A text that has negatives and no pair is told the same by -log of the share that the batch's clips have of the softmax over
+    them and the negative. The pairs' losses are weighted; their sum is divided by B whatever the weights.
+    """
+    pairs, of = len(clips), math.log(recipe.feedback)
+    logits = scale * _similarity(texts, frames, recipe)  # (B + N, B + N)
+    weights, apart, negatives, against = (
+        part.to(texts.device) for part in (judged.weights, judged.apart, judged.negatives, judged.against)
+    )
+    twins = ((clips[:, None] == clips) | apart).fill_diagonal_(False)
+    square = logits[:pairs, :pairs].masked_fill(twins, -torch.inf)
+    hard = (logits[:pairs, pairs:] + of).masked_fill(~negatives, -torch.inf)
+    target = torch.arange(pairs, device=texts.device)
+    forth = F.cross_entropy(torch.cat([square, hard], dim=1), target, reduction="none")
+    back = F.cross_entropy(square.T, target, reduction="none")
+    lone = against.any(dim=1)
+    others = logits[pairs:, :pairs].masked_fill(~against, -torch.inf)[lone].logsumexp(dim=1)
+    alone = F.softplus(logits[pairs:, pairs:].diagonal()[lone] + of - others)
+    return ((weights * (forth + back) / 2).sum() + alone.sum()) / pairs
+
+
+def _similarity(texts: Tensor, frames: Tensor, recipe: Recipe) -> Tensor:
+    return q_score(texts, frames, recipe.temperature) if recipe.pooling == "q_score" else mean_pool(texts, frames)
 
 
 def _on(backbone: Backbone, prefix: Prefix | None) -> Any:

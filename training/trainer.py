@@ -114,6 +114,7 @@ def train(
     """
     split = dataset.split(recipe.validation)
     _check(split)
+    learned, rejected = (split.train + split.clicked, split.rejected) if recipe.feedback else (split.train, ())
     shape = recipe.shape(backbone.dims)
     first_layers, vocabulary = (0, 0), Plan()
     if recipe.method == "full":
@@ -121,7 +122,7 @@ def train(
         learner = Learner(tuned, None, weights, recipe)
     else:
         first_layers = shape.first_layers(recipe.layers)
-        vocabulary = plan(backbone, shape, dataset.clips, split.train, recipe)
+        vocabulary = plan(backbone, shape, dataset.clips, learned, recipe)
         if start is not None:
             vocabulary = vocabulary.with_ids(start.shape.vocabulary)
         shape = replace(shape, vocabulary=vocabulary.ids)
@@ -134,8 +135,8 @@ def train(
         learner = Learner(backbone, shape, tensors, recipe)
     rates = torch.tensor(vocabulary.rates, device=learner.backbone.device) if vocabulary.ids else None
     optimiser = optimiser_of(learner.tensors, recipe, rates)
-    steps = recipe.total_steps(len(split.train))
-    inputs = Inputs(backbone, dataset.clips, split.train, recipe, ranks, first_layers, scratch)
+    steps = recipe.total_steps(len(learned))
+    inputs = Inputs(backbone, dataset.clips, learned, recipe, ranks, first_layers, scratch, rejected)
     validations = {max(1, round(steps * (i + 1) / recipe.evaluations)) for i in range(recipe.evaluations)}
     save_every = max(inputs.batches.per_epoch, steps // CHECKPOINTS)
     crossed = len(split.validation) < MINIMUM_QUERIES and ranks.count == 1 and recipe.method != "full"
@@ -180,7 +181,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * warmup_cosine(step - 1, steps, recipe.warmup)
         optimiser.zero_grad(set_to_none=True)
-        loss = backward(learner, parts, inputs.clips_of(step), first_layers, ranks)
+        loss = backward(learner, parts, inputs.clips_of(step), first_layers, ranks, inputs.judged_of(step))
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss became {loss} at step {step}: try a lower learning rate")
         torch.nn.utils.clip_grad_norm_(list(learner.tensors.values()), recipe.gradient_clip)
@@ -219,7 +220,7 @@ def train(
         kept["vocabulary_rows"] = kept["vocabulary_rows"][rows]
         if not rows:
             del kept["vocabulary_rows"]
-    words = words_of(backbone, shape.vocabulary, [pair.text for pair in split.train])
+    words = words_of(backbone, shape.vocabulary, [pair.text for pair in learned])
     return Trained(shape, kept, metrics, final, dict(done.hits), dict(done.log_ranks), words)
 
 
@@ -314,6 +315,8 @@ def _metrics(done: State, split: Split, rival: Rival | None, steps: int) -> dict
             "validation_pairs": len(split.validation),
         },
     }
+    if split.clicked or split.rejected:
+        metrics["data"]["feedback"] = {"relevant": len(split.clicked), "irrelevant": len(split.rejected)}
     if done.step < steps:
         metrics["timed_out"] = {"steps": done.step, "of": steps}
     if len(split.validation) < MINIMUM_QUERIES:

@@ -6,18 +6,22 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import adapters_store
+from adapters_store import durable
 from service.adapters import adapter_rows, trainer
 from service.adapters.activate import Spread, activate_and_tell
 from service.adapters.encoder import Encoder
 from service.adapters.publish import publish
 from service.adapters.trainer import Trainers
 from service.errors import PolyclipError
+from service.feedback import feedback_rows
+from service.feedback.feedback_rows import Verdict
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
 from service.storage import generation_rows
@@ -212,9 +216,10 @@ def _train(
     limit, turn = storage.settings.training_seconds, storage.settings.training_turn_seconds
     with storage.database.read() as connection:
         encoder = encoder.of(generation_rows.active_of(connection, tenant, collection_id).backbone)
-    check_recipe(storage, encoder, recipe)
+    wanted = check_recipe(storage, encoder, recipe)
     with ExitStack() as stack:
-        dataset = _write_dataset(storage, tenant, collection_id, out / "dataset.jsonl")
+        said = _feedback(storage, tenant, collection_id, out / "feedback.json") if wanted.feedback else []
+        dataset = _write_dataset(storage, tenant, collection_id, out / "dataset.jsonl", said)
         command = [sys.executable, "-m", "training", "--json", "--dataset", str(dataset), "--out", str(out)]
         command += ["--backbone", encoder.choice.name, "--recipe", json.dumps(dict(recipe)), "--device", str(encoder.device)]
         command += ["--seconds", str(limit)]
@@ -234,15 +239,28 @@ def _in_use(storage: Storage, tenant: str, collection_id: str, stack: ExitStack)
     return None if digest is None else stack.enter_context(storage.blobs.local(adapter_key(collection_id, digest)))
 
 
-def _write_dataset(storage: Storage, tenant: str, collection_id: str, path: Path) -> Path:
-    """The collection's ready, captioned videos as `training.dataset` reads them, their frames beside the file."""
+def _feedback(storage: Storage, tenant: str, collection_id: str, path: Path) -> list[Verdict]:
+    """What users had said of hits when the training first started: it goes on from its checkpoint though they say more."""
+    if not path.exists():
+        with storage.database.read() as connection:
+            said = feedback_rows.verdicts(connection, tenant, collection_id)
+        durable.write(path, json.dumps([asdict(verdict) for verdict in said]).encode())
+    return [Verdict(**verdict) for verdict in json.loads(path.read_bytes())]
+
+
+def _write_dataset(storage: Storage, tenant: str, collection_id: str, path: Path, said: Sequence[Verdict] = ()) -> Path:
+    """The collection's ready videos with captions or feedback as `training.dataset` reads them, frames beside the file."""
+    spoken: dict[str, list[dict[str, Any]]] = {}
+    for verdict in said:
+        told = {"text": verdict.query, "start": verdict.start, "end": verdict.end, "relevant": verdict.relevant}
+        spoken.setdefault(verdict.video_id, []).append(told)
     with storage.database.read() as connection:
         check_captions(connection, tenant, collection_id)
         videos = video_rows.videos_of(connection, tenant, collection_id, "ready")
         captions = video_rows.captions_of(connection, tenant, [video.id for video in videos])
     with path.open("w") as file:
         for video in videos:
-            if captions[video.id]:
+            if captions[video.id] or video.id in spoken:
                 frames = path.with_name(f"{video.id}.zip")
                 try:
                     with storage.blobs.local(frames_key(collection_id, video.id)) as blob:
@@ -251,5 +269,6 @@ def _write_dataset(storage: Storage, tenant: str, collection_id: str, path: Path
                 except (BlobMissing, FileNotFoundError):  # deleted just now
                     continue
                 texts = [{"text": c.text, "start": c.start, "end": c.end} for c in captions[video.id]]
-                file.write(json.dumps({"video": video.id, "frames": str(frames), "captions": texts}) + "\n")
+                heard = {"feedback": spoken[video.id]} if video.id in spoken else {}
+                file.write(json.dumps({"video": video.id, "frames": str(frames), "captions": texts, **heard}) + "\n")
     return path

@@ -20,6 +20,7 @@ from adapters_store import LeaseTimeout
 from backbone.batcher import BatcherFull
 from service.adapters import activate, train
 from service.adapters.evaluate import evaluate
+from service.alerts import deliver, match
 from service.cli.parts import Parts
 from service.jobs import worker
 from service.jobs.kinds import Kind, Kinds
@@ -37,7 +38,10 @@ PR_SET_PDEATHSIG = 1
 
 def _index_video(parts: Parts, runner: Runner, task: Task, report: Report) -> None:
     """Ends its task itself, with the video."""
-    index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, task.request["video_id"], report)
+    video = task.request["video_id"]
+    more = index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, video, report)
+    if more is not None:
+        runner.hand_on(more.tenant_id, more.id)
 
 
 def _lock_video(connection: Connection, task: Task) -> None:
@@ -68,6 +72,17 @@ def _evaluate(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[
     return found.to_json(intervals=True)
 
 
+def _match_alerts(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    def hand_on(delivery: Task) -> None:
+        runner.hand_on(delivery.tenant_id, delivery.id)
+
+    return match.match_alerts(parts.storage, parts.encoder, task.tenant_id, task, report, hand_on)
+
+
+def _deliver_event(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    return deliver.deliver_event(parts.storage, task)
+
+
 def _purge(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
     return delete.purge(parts.storage, task)
 
@@ -89,6 +104,8 @@ KINDS = Kinds(
         "train_adapter": Kind(_train_adapter, discard=lambda parts, task: train.discard(parts.storage, task)),
         "activate": Kind(_activate),
         "evaluate": Kind(_evaluate),
+        "match_alerts": Kind(_match_alerts),
+        "deliver_event": Kind(_deliver_event, failed=deliver.failed),
         "purge": Kind(_purge),
         "import_collection": Kind(
             _import_collection, discard=lambda parts, task: import_collection.discard(parts.storage, task)

@@ -31,8 +31,8 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 class Services:
     """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key.
 
-    Threads that check keys, and those that write uploads and archives, are counted apart from all others: a slow disk under
-    many uploads stops no search.
+    Threads that check keys, those that write uploads and archives, and the one that looks a collection through are counted
+    apart from all others: a slow disk under many uploads stops no search.
     """
 
     storage: Storage
@@ -44,6 +44,7 @@ class Services:
     streams: Counter[str] = field(default_factory=Counter)
     authenticating: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     receiving: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
+    checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
 
 
 async def services_of(request: Request) -> Services:

@@ -60,6 +60,19 @@ _HIT = {
     "metadata": {"camera": "north"}, **_URLS,
 }  # fmt: skip
 
+_FEEDBACK_ROW = {
+    "id": f"fbk_{_ID}", "query": "a van at the gate", "video_id": _VIDEO, "start": 0.0, "end": 6.5, "relevant": True,
+    "key_id": "k3y1d000", "created_at": _TIME, "updated_at": _TIME,
+}  # fmt: skip
+_ALERT_ROW = {
+    "id": f"alr_{_ID}", "name": "vans", "text": "a van at the gate", "min_score": 0.3,
+    "webhook": "https://example.com/polyclip", "events": 1, "created_at": _TIME,
+}  # fmt: skip
+_EVENT_ROW = {
+    "id": f"evt_{_ID}", "number": 1, "alert_id": f"alr_{_ID}", "video_id": _VIDEO, "start": 0.0, "end": 6.5, "score": 0.312,
+    "generation": _GENERATION, "delivery": "delivered", "error": None, "created_at": _TIME, "delivered_at": _TIME,
+}  # fmt: skip
+
 EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
     "SearchAnswer": {
         "data": [_HIT],
@@ -69,6 +82,21 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
         },
         "timings_ms": {"encode": 9.1, "search": 0.8}, "page_info": _ONE, "warnings": [],
     },
+    "FeedbackOut": _FEEDBACK_ROW,
+    "CheckUpOut": {
+        "collection": "gates", "generation": _GENERATION, "adapter": None, "ready_videos": 40, "captions": 55, "asked": 60,
+        "weak_queries": [
+            {"text": "a van at the gate", "source": "feedback", "reasons": ["called_irrelevant"], "video_id": None, "rank": 4,
+             "relevant": 1, "irrelevant": 3},
+        ],
+        "weak_queries_total": 1,
+        "never_found": [{"video_id": _VIDEO, "filename": "gate.mp4"}], "never_found_total": 1,
+        "caption_next": [{"video_id": _VIDEO, "filename": "gate.mp4", "why": "no_captions"}],
+        "gate": {"captioned_videos": 25, "videos_needed": 0, "held_out_captions": 12, "held_out_needed": 18,
+                 "captions_needed": 90},
+    },
+    "NewAlertOut": {**_ALERT_ROW, "secret": "whsec_5d41402abc4b2a76"},
+    "AlertOut": _ALERT_ROW,
     "VideoOut": _VIDEO_ROW,
     "UploadOut": {"video_id": _VIDEO, "task_id": _TASK, "status": "pending", "duplicate_of": None, "updated": []},
     "QueuedOut": {"task_id": _TASK},
@@ -98,6 +126,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
         for name, row in (
             ("Video", _VIDEO_ROW), ("Task", _TASK_ROW), ("Collection", _COLLECTION_ROW), ("Generation", _GENERATION_ROW),
             ("Backbone", _BACKBONE_ROW), ("Adapter", _ADAPTER_ROW), ("Tenant", _TENANT_ROW), ("Key", _KEY_ROW),
+            ("Feedback", _FEEDBACK_ROW), ("Alert", _ALERT_ROW), ("AlertEvent", _EVENT_ROW),
         )
     },
 }  # fmt: skip

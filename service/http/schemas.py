@@ -30,6 +30,30 @@ class SearchRequest(In):
     rescore: bool = Field(True, description="Rescore the first stage's candidates over their frame vectors.")
 
 
+class NewFeedback(In):
+    collection: str
+    query: str = Field(max_length=MAX_TEXT, description="What was searched for.")
+    video_id: str = Field(max_length=100, description="A hit of it.")
+    start: float | None = Field(None, ge=0, allow_inf_nan=False, description="Of the part that is meant, in seconds.")
+    end: float | None = Field(None, ge=0, allow_inf_nan=False)
+    relevant: bool
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NewFeedback:
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise ValueError("end must be after start")
+        return self
+
+
+class NewAlert(In):
+    text: str = Field(max_length=MAX_TEXT, description="What is waited for; cut at the backbone's context length.")
+    min_score: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="Least score of a match; without it every new video is one."
+    )
+    webhook: str | None = Field(None, max_length=2000, description="http or https URL that is called with each event.")
+    name: str | None = Field(None, min_length=1, max_length=200)
+
+
 class NewCollection(In):
     name: str
     settings: CollectionSettings = CollectionSettings()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -15,13 +13,13 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy import Connection
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from service.errors import PolyclipError
 from service.http import paging
 from service.http.answers import TaskOut, TaskPage, TaskStatus
 from service.http.auth import PROBLEMS, Anyone, CanWrite, InServices, KeyFirst, Services, collection_of
 from service.http.collections import listing
+from service.http.streams import RETRY_SECONDS, EventStream, check_streams, last_told
 from service.jobs import task_rows
 from service.jobs.kinds import CANCELLED
 from service.jobs.task_rows import Task
@@ -35,36 +33,12 @@ router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], respon
 CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands between, that the connection lives
-RETRY_SECONDS = 2  # after which a client that was cut off comes back
 
 
 class TaskNotCancellable(PolyclipError):
     """A task of this kind runs to its end."""
 
     code, status, hint = "task_not_cancellable", 409, "wait for its end"
-
-
-class TooManyStreams(PolyclipError):
-    """This key holds as many event streams as a key may."""
-
-    code, status, hint = "too_many_streams", 429, "close a stream first"
-
-
-class _Events(StreamingResponse):
-    """Counts as one of its key's streams until it ends."""
-
-    def __init__(self, content: AsyncIterator[str], streams: Counter[str], key: str, headers: dict[str, str]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers=headers)
-        self._streams, self._key = streams, key
-        streams[key] += 1
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._streams[self._key] -= 1
-            if not self._streams[self._key]:
-                del self._streams[self._key]
 
 
 @router.get("", name="list_tasks", response_model=TaskPage)
@@ -132,12 +106,12 @@ async def events(
     seen the end gets 204, after which an `EventSource` does not come back.
     """
     first = await to_thread.run_sync(_task, services, tenant.id, task_id)
-    told = int(last) if last is not None and re.fullmatch("[0-9]{1,18}", last) else -1
+    before = last_told(last)
+    told = -1 if before is None else before
     if first.revision <= told and first.status not in OPEN:
         return Response(status_code=204)
 
-    if services.streams[who.key_id] >= (most := services.storage.settings.event_streams):
-        raise TooManyStreams(f"this key holds {most} event streams open, as many as a key may")
+    check_streams(services, who)
 
     async def stream() -> AsyncIterator[str]:
         task, shown, quiet_since = first, told, time.monotonic()
@@ -158,8 +132,7 @@ async def events(
             except (NotFound, InvalidKey):  # gone with its tenant, or no longer this client's to see
                 return
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return _Events(stream(), services.streams, who.key_id, headers)
+    return EventStream(stream(), services, who)
 
 
 def shown(connection: Connection, tenant: str, of: Sequence[Task]) -> list[dict[str, Any]]:

@@ -47,6 +47,8 @@ QUEUES = {
     "reembed": Queue(2, 1, 0.5),
     "chunks": Queue(2, 2, 0.25),  # of the jobs in `reembed` and `train`, which wait for them
     "quick": Queue(4, 2, 0.5),
+    "alerts": Queue(4, 4, 0.25),
+    "webhooks": Queue(16, 2, 0.5),  # each waits for somebody else's server, ten seconds at most
     "train": Queue(1, 1, 0.5),
 }
 QUEUE_OF = {
@@ -56,8 +58,14 @@ QUEUE_OF = {
     "import_collection": "reembed",
     "evaluate": "quick",
     "purge": "quick",
+    "match_alerts": "alerts",
+    "deliver_event": "webhooks",
 }
-GROUPS = {"index": ["index"], "reembed": ["reembed", "chunks", "quick"], "train": ["train"]}  # for the command line
+GROUPS = {  # for the command line
+    "index": ["index"],
+    "reembed": ["reembed", "chunks", "quick", "alerts", "webhooks"],
+    "train": ["train"],
+}
 ACTIVE = ["ENQUEUED", "DELAYED", "PENDING"]
 DEAD_SECONDS = 60.0  # without a sign of life
 KEPT_DAYS = 3.0  # workflows that have ended; their tasks say what came of them

@@ -1,7 +1,7 @@
 """The database: SQLite in WAL mode by default, PostgreSQL by URL; read and write transactions; migrations.
 
-A write transaction locks rows in one order, which keeps PostgreSQL free of deadlocks: tenant, collection, video, task. What it
-needs of an earlier kind it locks before it changes a row of a later one; new rows are inserted when the locks are held.
+A write transaction locks rows in one order, which keeps PostgreSQL free of deadlocks: tenant, collection, video, alert, task.
+What it needs of an earlier kind it locks before it changes a row of a later one; new rows are inserted when the locks are held.
 """
 
 from __future__ import annotations

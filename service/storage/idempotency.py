@@ -59,6 +59,12 @@ def remember(connection: Connection, tenant: str, key: str, hashed: str, answer:
     connection.execute(insert(idempotency).values(**row))
 
 
+def forget_object(connection: Connection, tenant: str, made: str) -> None:
+    """Removes the answers that tell of an object, by its id, which is gone."""
+    mine = (idempotency.c.tenant_id == tenant, idempotency.c.answer["id"].as_string() == made)
+    connection.execute(delete(idempotency).where(*mine))
+
+
 def forget(connection: Connection, before: str) -> None:
     """Every tenant's keys that were used first before this time may be used anew."""
     connection.execute(delete(idempotency).where(idempotency.c.created_at < before))

@@ -133,6 +133,65 @@ captions = Table(
     Column("end", Float),
 )
 
+feedback = Table(  # what users said of hits
+    "feedback",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("collection_id", ForeignKey("collections.id"), nullable=False),
+    Column("video_id", ForeignKey("videos.id"), nullable=False, index=True),
+    Column("key_id", String, nullable=False),  # whose statement it is
+    Column("statement", String, nullable=False),  # a hash of key, query, video and part: said again, it replaces what was said
+    Column("query", Text, nullable=False),
+    Column("start", Float),
+    Column("end", Float),
+    Column("relevant", Boolean, nullable=False),
+    Column("created_at", String, nullable=False),
+    Column("updated_at", String, nullable=False),
+    UniqueConstraint("collection_id", "statement"),
+    Index("ix_feedback_collection_id_id", "collection_id", "id"),
+)
+
+alerts = Table(  # standing queries
+    "alerts",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("collection_id", ForeignKey("collections.id"), nullable=False),
+    Column("name", String),
+    Column("text", Text, nullable=False),
+    Column("min_score", Float),
+    Column("webhook", String),
+    Column("events", Integer, nullable=False, server_default="0"),  # so far: the number of the newest
+    Column("encoder", String),  # what `vector` was encoded with: an adapter's digest, or a frozen backbone's fingerprint
+    Column("vector", LargeBinary),  # (D,) float32
+    Column("failing_event", String),  # that its webhook did not take: the others wait for it
+    Column("failing_until", String),  # but no longer than this
+    Column("created_at", String, nullable=False),
+    Index("ix_alerts_collection_id_id", "collection_id", "id"),
+)
+
+alert_events = Table(  # videos that an alert has met
+    "alert_events",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("alert_id", ForeignKey("alerts.id"), nullable=False),
+    Column("video_id", ForeignKey("videos.id"), nullable=False, index=True),
+    Column("number", Integer, nullable=False),  # counts an alert's events in the order in which they become visible
+    Column("start", Float, nullable=False),
+    Column("end", Float, nullable=False),
+    Column("score", Float, nullable=False),
+    Column("generation_id", String, nullable=False),
+    Column("delivery", String),  # of the webhook: pending, delivered, failed; null without one
+    Column("error", JSON),
+    Column("task_id", String),  # that delivers it
+    Column("created_at", String, nullable=False, index=True),
+    Column("delivered_at", String),
+    UniqueConstraint("alert_id", "video_id"),
+    UniqueConstraint("alert_id", "number"),
+)
+
 adapters = Table(
     "adapters",
     metadata,

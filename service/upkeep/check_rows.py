@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, Table, and_, delete, insert, or_, select
 
 from service.jobs.task_rows import add_task
 from service.storage.collection_rows import lock_collection
 from service.storage.generation_rows import generations_of
-from service.storage.tables import OPEN, adapters, captions, collections, generations, segments, tasks, videos
+from service.storage.tables import (
+    OPEN,
+    adapters,
+    alert_events,
+    captions,
+    collections,
+    feedback,
+    generations,
+    segments,
+    tasks,
+    videos,
+)
 from service.videos.video_rows import lock_video, set_video, videos_by_id
 
-_without_video = captions.c.video_id.not_in(select(videos.c.id))
+OF_VIDEOS = {"captions": captions, "feedback": feedback, "events": alert_events}  # rows that go with their video
 
 
 def damage(connection: Connection) -> list[str]:
@@ -23,18 +34,27 @@ def damage(connection: Connection) -> list[str]:
     """
     if connection.dialect.name != "sqlite":
         return []
+    known = [table.name for table in OF_VIDEOS.values()]
     pages = [line for (line,) in connection.exec_driver_sql("PRAGMA integrity_check") if line != "ok"]
     keys = connection.exec_driver_sql("PRAGMA foreign_key_check") if not pages else ()
-    return pages or sorted({f"{table} without {parent}" for table, _, parent, _ in keys if table != "captions"})
+    return pages or sorted(
+        {f"{table} without {parent}" for table, _, parent, _ in keys if not (table in known and parent == "videos")}
+    )
 
 
-def captions_of_nothing(connection: Connection) -> list[str]:
-    """Ids that captions name and no video has."""
-    return list(connection.scalars(select(captions.c.video_id).where(_without_video).distinct()))
+def rows_of_nothing(connection: Connection, what: str) -> list[str]:
+    """Ids that rows of a table of `OF_VIDEOS` name and no video has."""
+    table = OF_VIDEOS[what]
+    return list(connection.scalars(select(table.c.video_id).where(_without_video(table)).distinct()))
 
 
-def drop_captions_of_nothing(connection: Connection, video: str) -> None:
-    connection.execute(delete(captions).where(captions.c.video_id == video, _without_video))
+def drop_rows_of_nothing(connection: Connection, what: str, video: str) -> None:
+    table = OF_VIDEOS[what]
+    connection.execute(delete(table).where(table.c.video_id == video, _without_video(table)))
+
+
+def _without_video(table: Table) -> ColumnElement[bool]:
+    return table.c.video_id.not_in(select(videos.c.id))
 
 
 def stray_vectors(connection: Connection) -> list[tuple[str, str, str, str]]:

@@ -18,6 +18,7 @@ import structlog
 from sqlalchemy import ColumnElement, Connection, and_, true
 
 from service.adapters import adapter_rows
+from service.alerts import alert_rows
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
 from service.search import views
@@ -196,6 +197,7 @@ def sweep(storage: Storage, grace: float = GRACE) -> None:
     """All that a crash may have left, and what retention lets go. For a worker, at its start and about once an hour."""
     with storage.database.write() as connection:
         idempotency.forget(connection, now(-3600 * storage.settings.idempotency_hours))
+        alert_rows.forget_events(connection, now(-86400 * storage.settings.keep_task_days))
         abandoned = generation_rows.retire_abandoned(connection)
     with storage.database.read() as connection:
         forgotten = erase_rows.forgotten(connection, now(-grace))

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, or_, select, tuple_
 
-from service.storage.rows import among
+from service.storage.rows import among, parts
 from service.storage.tables import (
     OPEN,
     adapters,
+    alert_events,
+    alerts,
     api_keys,
     captions,
     collections,
+    feedback,
     generations,
     idempotency,
     segments,
@@ -26,7 +29,8 @@ from service.storage.tables import (
 
 
 def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) -> int:
-    """Deleted videos with their captions, their indexing tasks and the answers kept for their uploads; returns their number.
+    """Deleted videos with their captions, what was said of them, their events, the tasks of these and of their indexing, and
+    the answers kept for their uploads; returns their number.
 
     Their vectors went when they were marked; the tombstones (an id, no content) stay as long as the vector set.
     """
@@ -38,9 +42,13 @@ def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) 
     answers = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["video_id"].as_string().in_(ids))
     connection.execute(delete(idempotency).where(answers))
     connection.execute(select(videos.c.id).where(videos.c.id.in_(ids)).order_by(videos.c.id).with_for_update())
-    connection.execute(delete(captions).where(captions.c.video_id.in_(ids)))
+    deliveries = list(connection.scalars(select(alert_events.c.task_id).where(alert_events.c.video_id.in_(ids))))
+    for table in (captions, feedback, alert_events):
+        connection.execute(delete(table).where(table.c.video_id.in_(ids)))
     connection.execute(delete(videos).where(videos.c.id.in_(ids)))
-    connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant, tasks.c.id.in_([row.task_id for row in found])))
+    theirs = [*(row.task_id for row in found), *(task for task in deliveries if task is not None)]
+    for part in parts(theirs):
+        connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant, tasks.c.id.in_(part)))
     return len(ids)
 
 
@@ -67,8 +75,13 @@ def erase_collection(connection: Connection, tenant: str, collection: str) -> No
     if not is_marked(connection, tenant, collection, lock=True):
         return
     mine = and_(collections.c.tenant_id == tenant, collections.c.id == collection)
-    made = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["id"].as_string() == collection)
+    standing = and_(alerts.c.tenant_id == tenant, alerts.c.collection_id == collection)
+    named = [collection, *connection.scalars(select(alerts.c.id).where(standing))]
+    made = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["id"].as_string().in_(named))
     connection.execute(delete(idempotency).where(made))
+    connection.execute(delete(alert_events).where(alert_events.c.alert_id.in_(select(alerts.c.id).where(standing))))
+    connection.execute(delete(alerts).where(standing))
+    connection.execute(delete(feedback).where(feedback.c.tenant_id == tenant, feedback.c.collection_id == collection))
     _erase_tasks(connection, tenant, collection, tasks.c.kind != "purge")
     connection.execute(delete(generations).where(generations.c.tenant_id == tenant, generations.c.collection_id == collection))
     connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection))

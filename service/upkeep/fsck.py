@@ -66,7 +66,7 @@ class Fsck:
             if broken := _damaged(self._storage):
                 yield from broken
                 return  # nothing else that the database says can be trusted
-            for check in (_stray_vectors, _vectors_without_generation, _captions_without_video):
+            for check in (_stray_vectors, _vectors_without_generation, _rows_without_video):
                 yield from check(self._storage)
         with self._storage.database.read() as connection:
             if tenant is None:
@@ -146,12 +146,13 @@ def _vectors_without_generation(storage: Storage) -> Iterator[Finding]:
         yield Finding("vectors_of_nothing", f"generation {vector_set}", "has vectors and no row", mend)
 
 
-def _captions_without_video(storage: Storage) -> Iterator[Finding]:
-    with storage.database.read() as connection:
-        lost = check_rows.captions_of_nothing(connection)
-    for video in lost:
-        mend = partial(_write, storage, check_rows.drop_captions_of_nothing, video)
-        yield Finding("captions_of_nothing", f"video {video}", "has captions and no row", mend)
+def _rows_without_video(storage: Storage) -> Iterator[Finding]:
+    for what in check_rows.OF_VIDEOS:
+        with storage.database.read() as connection:
+            lost = check_rows.rows_of_nothing(connection, what)
+        for video in lost:
+            mend = partial(_write, storage, check_rows.drop_rows_of_nothing, what, video)
+            yield Finding(f"{what}_of_nothing", f"video {video}", f"has {what} and no row", mend)
 
 
 def _write(storage: Storage, change: Callable[..., None], *values: Any) -> None:

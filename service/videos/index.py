@@ -19,7 +19,9 @@ from indexer.decode import DecodeError, Sampling
 from indexer.frames import DamagedFrames, FrameArchive, pack_frames
 from indexer.sandbox import Check
 from service.adapters.encoder import Encoder
+from service.alerts import alert_rows
 from service.jobs import task_rows
+from service.jobs.task_rows import Task
 from service.settings import SHORTEST_SEGMENT
 from service.storage import collection_rows, generation_rows, segment_rows
 from service.storage.blobs import BlobMissing, frames_key, thumbnail_key, video_key
@@ -39,22 +41,23 @@ SEGMENTS_AT_ONCE = 16  # pixels of a long video in memory
 
 def index_video(
     storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Tell = unheard
-) -> None:
+) -> Task | None:
     """A pending video becomes `ready`, or `failed` with a reason. A video deleted meanwhile is no error.
 
-    `progress` is told of `decoding`, then of `embedding`.
+    `progress` is told of `decoding`, then of `embedding`. Returns what `embed_video` does.
     """
     try:
         prepare_frames(storage, encoder, decoders, tenant, video_id, lambda: progress(Progress("decoding", 0, 1)))
-        embed_video(storage, encoder, decoders, tenant, video_id, progress)
+        return embed_video(storage, encoder, decoders, tenant, video_id, progress)
     except NotFound:
-        return
+        pass
     except DecodeError as error:
         fail_video(storage, tenant, video_id, error.code, error.detail)
     except BlobMissing:
         fail_video(storage, tenant, video_id, "file_missing", "the stored file is gone")
     except DamagedFrames as error:
         fail_video(storage, tenant, video_id, "frames_damaged", str(error))
+    return None
 
 
 def prepare_frames(
@@ -146,9 +149,9 @@ def decode_again(storage: Storage, encoder: Encoder, decoders: Decoders, video: 
 
 def embed_video(
     storage: Storage, encoder: Encoder, decoders: Decoders, tenant: str, video_id: str, progress: Tell = unheard
-) -> None:
+) -> Task | None:
     """Embeds a decoded video for each generation that is active or being built, then calls it ready, in one transaction
-    that sees no generation without it.
+    that sees no generation without it. Returns the task that compares it with the collection's alerts, if it has any.
     """
     while True:
         with storage.database.write() as connection:
@@ -162,7 +165,7 @@ def embed_video(
             if not missing:
                 video_rows.set_video(connection, tenant, video_id, status="ready", error=None)
                 task_rows.end_task(connection, tenant, video.task_id, "succeeded", result={"video_id": video_id})
-                return
+                return alert_rows.notice(connection, tenant, video.collection_id, video_id)
             video_rows.set_video(connection, tenant, video_id, status="indexing")
         for generation in missing:
             embed_for(storage, encoder, decoders, tenant, video, generation, progress)

@@ -226,6 +226,36 @@ def captions_of(connection: Connection, tenant: str, video_ids: Iterable[str]) -
     return found
 
 
+def first_captions(connection: Connection, tenant: str, video_ids: Iterable[str], most: int) -> dict[str, list[str]]:
+    """The texts of up to `most` captions of each of these videos."""
+    found: dict[str, list[str]] = {video_id: [] for video_id in video_ids}
+    query = (
+        select(captions.c.video_id, captions.c.text)
+        .join(videos, videos.c.id == captions.c.video_id)
+        .where(videos.c.tenant_id == tenant, captions.c.position < most)
+        .order_by(captions.c.video_id, captions.c.position)
+    )
+    for video_id, text in among(connection, query, captions.c.video_id, found):
+        found[video_id].append(text)
+    return found
+
+
+def caption_counts(connection: Connection, tenant: str, collection: str) -> dict[str, int]:
+    """How many captions each ready video has."""
+    query = (
+        select(videos.c.id, func.count(captions.c.id))
+        .outerjoin(captions, captions.c.video_id == videos.c.id)
+        .where(
+            videos.c.tenant_id == tenant,
+            videos.c.collection_id == collection,
+            videos.c.deleted_at.is_(None),
+            videos.c.status == "ready",
+        )
+        .group_by(videos.c.id)
+    )
+    return {video_id: count for video_id, count in connection.execute(query)}
+
+
 def captioned_videos(connection: Connection, tenant: str, collection: str) -> int:
     """Ready videos with at least one caption."""
     query = (

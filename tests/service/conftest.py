@@ -11,7 +11,10 @@ import pytest
 from serving import Server, Tenant, new_database, new_tenant
 from workshop import Workshop, application
 
-ON_BOTH = ("test_captions", "test_cleanup", "test_errors", "test_filters", "test_keys", "test_requests", "test_tenancy")
+ON_BOTH = (
+    "test_alerts", "test_captions", "test_cleanup", "test_errors", "test_feedback", "test_filters", "test_keys",
+    "test_requests", "test_tenancy",
+)  # fmt: skip
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 

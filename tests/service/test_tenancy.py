@@ -27,6 +27,8 @@ class Estate:
     task: str
     adapter: str
     key: str
+    feedback: str
+    alert: str
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,11 @@ def estate(client: Any) -> Estate:
     imported = owner.call("POST", path, files={"file": ("a.safetensors", adapter_file(client))})
     assert imported.status_code == 202, imported.text
     key = owner.keys["search"].split("_")[1]
-    return Estate(owner, collection, uploaded["video_id"], uploaded["task_id"], imported.json()["adapter_id"], key)
+    said = {"collection": collection, "query": "a ball", "video_id": uploaded["video_id"], "relevant": True}
+    feedback = owner.post("/feedback", said).json()["id"]
+    alert = owner.post(f"/collections/{collection}/alerts", {"text": "a ball"}).json()["id"]
+    adapter = imported.json()["adapter_id"]
+    return Estate(owner, collection, uploaded["video_id"], uploaded["task_id"], adapter, key, feedback, alert)
 
 
 @pytest.fixture
@@ -73,6 +79,20 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("PUT", "/collections/mine/videos/{video}/captions", {"captions": []}),
     ("DELETE", "/collections/{collection}/videos/{video}", None),
     ("DELETE", "/collections/mine/videos/{video}", None),
+    ("POST", "/feedback", {"collection": "{collection}", "query": "a", "video_id": "{video}", "relevant": True}),
+    ("POST", "/feedback", {"collection": "mine", "query": "a", "video_id": "{video}", "relevant": True}),
+    ("GET", "/collections/{collection}/feedback", None),
+    ("DELETE", "/collections/{collection}/feedback/{feedback}", None),
+    ("DELETE", "/collections/mine/feedback/{feedback}", None),
+    ("GET", "/collections/{collection}/check-up", None),
+    ("POST", "/collections/{collection}/alerts", {"text": "a"}),
+    ("GET", "/collections/{collection}/alerts", None),
+    ("GET", "/collections/{collection}/alerts/{alert}", None),
+    ("GET", "/collections/mine/alerts/{alert}", None),
+    ("DELETE", "/collections/{collection}/alerts/{alert}", None),
+    ("DELETE", "/collections/mine/alerts/{alert}", None),
+    ("GET", "/collections/{collection}/alerts/{alert}/events", None),
+    ("GET", "/collections/mine/alerts/{alert}/events", None),
     ("GET", "/tasks/{task}", None),
     ("GET", "/tasks/{task}/events", None),
     ("POST", "/tasks/{task}/cancel", None),
@@ -102,7 +122,8 @@ ROUTES: list[tuple[str, str, Any]] = [
 def test_another_tenants_object_is_a_404(estate: Estate, stranger: Tenant, method: str, path: str, body: Any) -> None:
     names = {
         "collection": estate.collection, "video": estate.video, "task": estate.task, "adapter": estate.adapter,
-        "key": estate.key, "tenant": estate.owner.name, "mine": stranger.name,
+        "key": estate.key, "tenant": estate.owner.name, "mine": stranger.name, "feedback": estate.feedback,
+        "alert": estate.alert,
     }  # fmt: skip
     if body is not None:
         body = {name: value.format(**names) if isinstance(value, str) else value for name, value in body.items()}
@@ -142,8 +163,9 @@ def test_uploads_into_another_tenants_collection_are_a_404(estate: Estate, stran
 
 
 def test_lists_show_nothing_of_another_tenant(estate: Estate, stranger: Tenant) -> None:
-    for path in ("/tasks", "/collections/mine/videos", "/collections/mine/adapters"):
-        assert stranger.get(path, page_limit=50).json()["data"] == []
+    for what in ("videos", "adapters", "feedback", "alerts"):
+        assert stranger.get(f"/collections/mine/{what}", page_limit=50).json()["data"] == []
+    assert stranger.get("/tasks", page_limit=50).json()["data"] == []
     assert [row["name"] for row in stranger.get("/collections").json()["data"]] == ["mine"]
     keys = stranger.get(f"/admin/tenants/{stranger.name}/keys").json()["data"]
     assert {key["id"] for key in keys} == {key.split("_")[1] for key in stranger.keys.values()}

@@ -1,0 +1,118 @@
+"""Addresses that tenants name: what is private is not called, whichever way it is written or looked up."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from typing import Any
+
+import httpx
+import pytest
+
+from service.net import AddressNotAllowed, PublicTransport, check_url, is_public
+
+PRIVATE = [
+    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1",
+    "255.255.255.255", "192.0.2.1", "198.18.0.1", "::", "::1", "fe80::1", "fc00::1", "fec0::1", "ff02::1", "2001:db8::1",
+    "::ffff:127.0.0.1", "::ffff:a9fe:a9fe", "2002:7f00:1::", "64:ff9b::10.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1",
+]  # fmt: skip
+PUBLIC = ["8.8.8.8", "93.184.215.14", "2606:4700:4700::1111", "::ffff:8.8.8.8", "2002:808:808::", "64:ff9b::8.8.8.8"]
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_a_private_address_is_none_of_the_internet(address: str) -> None:
+    assert not is_public(ip_address(address))
+    host = f"[{address}]" if ":" in address else address
+    with pytest.raises(AddressNotAllowed):
+        check_url(f"https://{host}:8443/hook", private=False)
+    check_url(f"https://{host}:8443/hook", private=True)
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_a_public_address_is_one(address: str) -> None:
+    assert is_public(ip_address(address))
+    check_url(f"http://[{address}]/" if ":" in address else f"http://{address}/", private=False)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "hook", "ftp://example.com/", "file:///etc/passwd", "http://", "https://user:secret@example.com/", "http://a b/",
+     "https://example.com/#part", "http://example.com:0/", "http://example.com:99999/", "http://[::1/", "gopher://x", "http://\0"],
+)  # fmt: skip
+def test_what_is_no_plain_web_address_is_refused(url: str) -> None:
+    with pytest.raises(AddressNotAllowed):
+        check_url(url, private=True)
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A web server on 127.0.0.1 that notes the requests it gets."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            running.heard.append(self.headers["Host"])  # type: ignore[attr-defined]
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1/")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.heard = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=running.serve_forever, args=(0.05,))
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def get(url: str, private: bool, names: dict[str, list[str]]) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        loop = asyncio.get_running_loop()
+
+        async def lookup(host: str, port: int, **_: Any) -> list[Any]:
+            return [(0, 0, 0, "", (address, port)) for address in names.get(host, [host])]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "getaddrinfo", lookup)
+            async with httpx.AsyncClient(transport=PublicTransport(private), trust_env=False, timeout=5) as client:
+                return await client.get(url)
+
+    return asyncio.run(ask())
+
+
+def test_the_address_that_was_looked_at_is_the_one_that_is_called(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every address of a name, however it is written; no proxy of the environment stands between, no redirect is followed."""
+    port = server.server_port
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for names in (["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::ffff:127.0.0.1"], ["fe80::1%lo"]):
+        with pytest.raises(AddressNotAllowed, match=r"hook\.example leads to"):
+            get(f"http://hook.example:{port}/", False, {"hook.example": names})
+    for odd in ("2130706433", "0x7f.1", "localhost"):
+        with pytest.raises(AddressNotAllowed):
+            get(f"http://{odd}:{port}/", False, {odd: ["127.0.0.1"]})
+    assert server.heard == []
+    answer = get(f"http://hook.example:{port}/", True, {"hook.example": ["127.0.0.1"]})
+    assert (answer.status_code, server.heard) == (302, [f"hook.example:{port}"]), "the name stays in the request"
+    with pytest.raises(httpx.ConnectError, match="no address"):
+        get("http://hook.example/", True, {"hook.example": []})
+
+
+def test_a_certificate_must_be_that_of_the_name(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though an address is called, TLS asks for the name, and checks its certificate."""
+    seen: list[Any] = []
+    handshake = ssl.SSLContext.wrap_bio
+
+    def wrap(self: ssl.SSLContext, *arguments: Any, **named: Any) -> Any:
+        seen.append((named.get("server_hostname"), self.check_hostname, self.verify_mode))
+        return handshake(self, *arguments, **named)
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_bio", wrap)
+    with pytest.raises(httpx.TransportError):  # it speaks no TLS
+        get(f"https://hook.example:{server.server_port}/", True, {"hook.example": ["127.0.0.1"]})
+    assert seen == [(b"hook.example", True, ssl.CERT_REQUIRED)]
