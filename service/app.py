@@ -18,8 +18,10 @@ from service.http import (
     alerts,
     archive,
     backbones,
+    by_url,
     collections,
     document,
+    embeddings,
     feedback,
     health,
     media,
@@ -77,10 +79,12 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     problems.install(app)
     for module in (
         search,
+        embeddings,
         feedback,
         collections,
         backbones,
         videos,
+        by_url,
         alerts,
         tasks,
         adapters,

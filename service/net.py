@@ -6,7 +6,6 @@ import asyncio
 import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -16,33 +15,55 @@ from service.settings import Settings
 NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
 
 
-class AddressNotAllowed(PolyclipError):
-    """A URL is no public address of the web: another scheme, a password in it, a private address."""
-
-    code, status, hint = "address_not_allowed", 422, "name a public http or https address, or set POLYCLIP_PRIVATE_URLS"
+MAX_URL = 8000  # characters
 
 
-def check_url(url: str, private: bool) -> None:
-    """What can be said of a URL before its name is looked up. Raises AddressNotAllowed."""
+class InvalidUrl(PolyclipError, ValueError):
+    """A URL is not one that is called."""
+
+    code, status, hint = "invalid_url", 422, "send an http or https URL without user and password"
+
+
+class PrivateAddress(PolyclipError):
+    """A URL, or a redirect, leads to an address that is not public."""
+
+    code, status, hint = "private_address", 422, "take a public address; the operator may set `POLYCLIP_PRIVATE_URLS`"
+
+
+def checked_url(url: str, private: bool = False) -> httpx.URL:
+    """The URL, if it may be asked for as far as it tells by itself; a host's addresses are checked when it is connected to.
+
+    Raises InvalidUrl, PrivateAddress.
+    """
+    if len(url) > MAX_URL:
+        raise InvalidUrl(f"a URL has at most {MAX_URL} characters")
     try:
-        parts = httpx.URL(url)
-        plain = urlsplit(url)
-        port = plain.port
-    except (httpx.InvalidURL, ValueError, UnicodeError) as error:
-        raise AddressNotAllowed(f"not a URL: {str(error)[:200]}") from error
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise AddressNotAllowed("the URL must begin with http:// or https:// and a host")
-    if parts.userinfo or plain.fragment or port == 0:
-        raise AddressNotAllowed("the URL must have no password, no fragment and no port 0")
-    host = parts.raw_host.decode().strip("[]")
-    try:
-        numbers = ip_address(host)
-    except ValueError as error:
+        parsed = httpx.URL(url)
+        host, port = parsed.raw_host.decode().strip("[]"), parsed.port
+    except (httpx.InvalidURL, ValueError) as error:
+        raise InvalidUrl(f"this is no URL: {error}"[:200]) from error
+    if parsed.scheme == "s3":
+        raise InvalidUrl("s3 URLs are not fetched, the service has no key of yours: send a presigned https URL")
+    if parsed.scheme not in ("http", "https") or not host:
+        raise InvalidUrl("only http and https URLs with a host are called")
+    if parsed.userinfo:
+        raise InvalidUrl("a URL with user or password is not called: send a presigned one")
+    if port is not None and not 0 < port < 65536:
+        raise InvalidUrl(f"there is no port {port}")
+    if (literal := literal_of(host)) is None:
         if not re.fullmatch("[a-zA-Z0-9._-]{1,253}", host):
-            raise AddressNotAllowed(f"{host[:100]!r} is no host's name") from error
-        return
-    if not (private or is_public(numbers)):
-        raise AddressNotAllowed(f"{numbers} is not a public address")
+            raise InvalidUrl(f"{host[:100]!r} is no host's name")
+    elif not private and not is_public(literal):
+        raise PrivateAddress(f"{host} is not a public address")
+    return parsed
+
+
+def literal_of(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that a host's name is; None for a name that has to be looked up."""
+    try:
+        return ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -72,8 +93,8 @@ class PublicTransport(httpx.AsyncBaseTransport):
         self._inner = httpx.AsyncHTTPTransport(trust_env=False, retries=0)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Raises AddressNotAllowed, httpx.TransportError."""
-        check_url(str(request.url), self._private)
+        """Raises InvalidUrl, PrivateAddress, httpx.TransportError."""
+        checked_url(str(request.url), self._private)
         host = request.url.raw_host.decode().strip("[]")
         port = request.url.port or (443 if request.url.scheme == "https" else 80)
         failed: httpx.TransportError | None = None
@@ -99,7 +120,7 @@ class PublicTransport(httpx.AsyncBaseTransport):
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for address in addresses:
             if not (self._private or is_public(ip_address(address.partition("%")[0]))):
-                raise AddressNotAllowed(f"{host} leads to {address}, which is not a public address")
+                raise PrivateAddress(f"{host} leads to {address}, which is not a public address")
         return addresses
 
 

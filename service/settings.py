@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     event_streams: int = Field(20, ge=1, description="Streams of events that one key may hold open in one process.")
     alerts: int = Field(1000, ge=0, description="Alerts (standing queries) that a tenant may have.")
     feedback: int = Field(20_000, ge=0, description="Statements of feedback that a collection keeps.")
-    private_urls: bool = Field(False, description="Call URLs that tenants name at private addresses too.")
+    private_urls: bool = Field(
+        False, description="Call URLs that tenants name at private addresses too: of the machine, of its network."
+    )
     backbone: str | None = Field(None, description="`builtin` or an open_clip model; default: the data folder's.")
     pretrained: str | None = Field(
         None, description="Weights of that model: a tag, a file, a repository of the hub, or `random`."
@@ -55,7 +57,11 @@ class Settings(BaseSettings):
 
     header_bytes: int = Field(65536, ge=1024, description="Largest headers of one request, in bytes.")
     url_bytes: int = Field(16384, ge=256, description="Longest URL, in bytes.")
-    body_bytes: int = Field(2 * MiB, ge=1024, description="Largest body that is no upload, in bytes; captions: four times it.")
+    body_bytes: int = Field(
+        2 * MiB,
+        ge=1024,
+        description="Largest body that is no upload, in bytes; captions: 4 times it, embeddings and manifests: 8.",
+    )
     header_seconds: float = Field(15.0, gt=0, description="Time in which the headers of a request must come, in seconds.")
     body_seconds: float = Field(30.0, gt=0, description="Time that a body may stand still or fall behind 1 KiB/s, in seconds.")
     connections_per_address: int = Field(
@@ -68,6 +74,7 @@ class Settings(BaseSettings):
     max_segments: int = Field(2000, ge=1, description="Segments of a video; one that would have more is refused.")
     cached_short_side: int = Field(256, ge=16, le=1024, description="Short side of the cached frames, in pixels, 16 to 1024.")
     max_video_bytes: int = Field(2048 * MiB, ge=1, description="Largest upload, in bytes.")
+    fetch_seconds: float = Field(600.0, gt=0, description="Time that fetching one video from a URL may take, in seconds.")
     max_archive_bytes: int = Field(65536 * MiB, ge=1, description="Largest archive that is imported over HTTP, in bytes.")
     max_video_seconds: float = Field(4 * 3600, gt=0, description="Longest video, in seconds.")
     decode_seconds: float = Field(600.0, gt=0, description="Wall time that decoding one video may take, in seconds.")

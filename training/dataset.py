@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +137,7 @@ def load_dataset(path: Path, scratch: Path, form: Form | int, frames: int = CACH
         try:
             row = json.loads(line)
             video, archive = str(row["video"]), Path(row["frames"])
+            captions: list[tuple[Any, Any, Any, bool | None]]
             captions = [(c["text"], c.get("start"), c.get("end"), None) for c in row["captions"]]
             captions += [(f["text"], f.get("start"), f.get("end"), bool(f["relevant"])) for f in row.get("feedback", ())]
             if row.get("split") is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -203,6 +204,20 @@ class Encoder:
             return
         with future.result() as lease:
             yield lease
+
+    @asynccontextmanager
+    async def leased(self, generation: Generation | None, seconds: float) -> AsyncIterator[Lease | None]:
+        """`lease` for an event loop; None too where there is no generation. Raises TimeoutError after so many seconds."""
+        future = None if generation is None else self.request_lease(generation)
+        if future is None:
+            yield None
+            return
+        try:
+            lease: Lease = await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+            yield lease
+        finally:
+            if not future.cancel():
+                future.add_done_callback(lambda done: None if done.exception() else done.result().release())
 
     def prefetch(self, generation: Generation) -> None:
         """Begins to load a generation's adapter, if its backbone is in memory."""

@@ -19,7 +19,7 @@ from service.alerts.alert_rows import Alert, Event
 from service.jobs.kinds import JobFailed
 from service.jobs.run import LONGEST_WAIT
 from service.jobs.task_rows import Task
-from service.net import AddressNotAllowed, public_transport
+from service.net import InvalidUrl, PrivateAddress, public_transport
 from service.settings import Settings
 from service.storage import collection_rows, facts
 from service.storage.rows import NotFound
@@ -65,7 +65,7 @@ def deliver_event(storage: Storage, task: Task) -> dict[str, Any]:
     body = json.dumps(told(event, alert, name)).encode()
     try:
         status = asyncio.run(_call(storage.settings, alert.webhook, secret, event.id, body))
-    except AddressNotAllowed as error:
+    except (InvalidUrl, PrivateAddress) as error:
         raise JobFailed(error.code, str(error)) from error
     except (httpx.HTTPError, TimeoutError, OSError) as error:
         _failing(storage, event)
@@ -108,7 +108,7 @@ def _failing(storage: Storage, event: Event) -> None:
 
 
 async def _call(settings: Settings, url: str, secret: str, event: str, body: bytes) -> int:
-    """The status of the answer, whose body is not read. Raises AddressNotAllowed, TimeoutError, httpx.HTTPError."""
+    """The status of the answer, whose body is not read. Raises InvalidUrl, PrivateAddress, TimeoutError, httpx.HTTPError."""
     headers = {
         "Content-Type": "application/json",
         "User-Agent": "polyclip",

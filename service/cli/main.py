@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from service.cli import archives
+from service.cli import archives, mcp
 from service.cli.access import keys, tenants
 from service.cli.adapters import adapters
 from service.cli.options import AsJson, Backbone, CollectionName, Data, Pretrained, TenantName, err, out, settings_from
@@ -24,6 +24,7 @@ app.add_typer(keys, name="keys")
 app.command()(archives.export)
 app.command("import")(archives.import_)
 app.command()(archives.fsck)
+app.command("mcp")(mcp.serve)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from service.jobs.worker import Worker
 from service.settings import Settings
 from service.storage import collection_rows
 from service.upkeep import delete, import_collection
-from service.videos import index, video_rows
+from service.videos import fetch, index, video_rows
 
 PR_SET_PDEATHSIG = 1
 
@@ -42,6 +42,10 @@ def _index_video(parts: Parts, runner: Runner, task: Task, report: Report) -> No
     more = index.index_video(parts.storage, parts.encoder, parts.decoders, task.tenant_id, video, report)
     if more is not None:
         runner.hand_on(more.tenant_id, more.id)
+
+
+def _fetch_video(parts: Parts, runner: Runner, task: Task, report: Report) -> dict[str, Any]:
+    return fetch.fetch_video(parts.storage, task, report, lambda found: runner.hand_on(found.tenant_id, found.id))
 
 
 def _lock_video(connection: Connection, task: Task) -> None:
@@ -101,6 +105,7 @@ def _fill(parts: Parts, tenant: str, generation: str, videos: Sequence[str]) -> 
 KINDS = Kinds(
     by_name={
         "index_video": Kind(_index_video, lock=_lock_video, failed=_fail_video),
+        "fetch_video": Kind(_fetch_video),
         "train_adapter": Kind(_train_adapter, discard=lambda parts, task: train.discard(parts.storage, task)),
         "activate": Kind(_activate),
         "evaluate": Kind(_evaluate),

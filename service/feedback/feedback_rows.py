@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, Select, and_, case, delete, func, insert, select, update
 
@@ -113,7 +114,7 @@ def verdicts(connection: Connection, tenant: str, collection: str) -> list[Verdi
     hit = (feedback.c.video_id, feedback.c.query, feedback.c.start, feedback.c.end)
     balance = func.sum(case((feedback.c.relevant, 1), else_=-1))
     query = _alive(select(*hit, balance), tenant, collection).group_by(*hit).having(balance != 0)
-    return [Verdict(*row[:4], relevant=row[4] > 0) for row in connection.execute(query.order_by(*hit))]
+    return [Verdict(row[0], row[1], row[2], row[3], relevant=row[4] > 0) for row in connection.execute(query.order_by(*hit))]
 
 
 def spoken(connection: Connection, tenant: str, collection: str) -> list[Spoken]:
@@ -124,6 +125,6 @@ def spoken(connection: Connection, tenant: str, collection: str) -> list[Spoken]
     return [Spoken(*row) for row in connection.execute(query.order_by(no.desc(), feedback.c.query))]
 
 
-def _alive(query: Select[tuple[object, ...]], tenant: str, collection: str) -> Select[tuple[object, ...]]:
+def _alive(query: Select[Any], tenant: str, collection: str) -> Select[Any]:
     mine = and_(feedback.c.tenant_id == tenant, feedback.c.collection_id == collection, videos.c.deleted_at.is_(None))
     return query.join(videos, videos.c.id == feedback.c.video_id).where(mine)

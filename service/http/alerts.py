@@ -44,7 +44,7 @@ def create(name: str, body: NewAlert, tenant: CanWrite, services: InServices, ke
     if not text:
         raise EmptyText("the text is empty")
     if body.webhook is not None:
-        net.check_url(body.webhook, settings.private_urls)
+        net.checked_url(body.webhook, settings.private_urls)
 
     def add() -> dict[str, Any]:
         collection = collection_of(connection, tenant, name).id

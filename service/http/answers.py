@@ -79,11 +79,29 @@ class VideoPage(Page[VideoOut]):
 class UploadOut(BaseModel):
     """`duplicate_of`: the video with the same bytes that the collection had; `updated`: what of it has changed."""
 
-    video_id: str
+    video_id: str | None = Field(description="Null while the video is still to be fetched from a URL: see the task's result.")
     task_id: str | None
     status: VideoStatus
     duplicate_of: str | None
     updated: list[Literal["captions", "metadata"]] = []
+
+
+class QueuedLine(BaseModel):
+    line: int
+    task_id: str
+
+
+class RefusedLine(BaseModel):
+    line: int
+    code: str
+    detail: str
+
+
+class ManifestOut(BaseModel):
+    """Each line, counted from 1, is in one of the two lists."""
+
+    queued: list[QueuedLine]
+    refused: list[RefusedLine]
 
 
 class QueuedOut(BaseModel):
@@ -326,6 +344,47 @@ class SearchAnswer(BaseModel):
     timings_ms: dict[str, float]
     page_info: PageInfo
     warnings: list[Warning]
+
+
+class EmbeddingOut(BaseModel):
+    """`embedding`: of length 1; as `base64`, little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class TokenUsage(BaseModel):
+    """Tokens that were read, start and end of each text included; a picture has none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsOut(BaseModel):
+    """As OpenAI's, in the order of the inputs; `warnings` as of a search."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingOut]
+    model: str
+    usage: TokenUsage
+    warnings: list[Warning]
+
+
+class ModelOut(BaseModel):
+    """`created`: Unix time; `owned_by`: the tenant."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelsOut(BaseModel):
+    """As OpenAI's, all of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
 
 
 class Problem(BaseModel):

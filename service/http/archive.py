@@ -12,13 +12,14 @@ from service.http import document, uploads
 from service.http.answers import CollectionImportOut
 from service.http.auth import PROBLEMS, CanAdmin, IdempotencyKey, InServices, KeyFirst, Services
 from service.http.middleware import BodyTooLarge
-from service.http.uploads import FileTooLarge, Upload
+from service.http.uploads import Upload
 from service.jobs import task_rows
 from service.jobs.task_rows import Task
 from service.storage import idempotency, tenant_rows
 from service.storage.blobs import archive_key
 from service.storage.tables import new_id
 from service.upkeep import export_collection, import_collection
+from service.videos.incoming import FileTooLarge
 
 router = APIRouter(route_class=KeyFirst, prefix="/admin/collections", tags=["archives"], responses=PROBLEMS)
 _TAR, _BODY = document.download("application/x-tar"), document.form("an archive that an export gave")

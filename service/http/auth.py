@@ -32,7 +32,8 @@ class Services:
     """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key.
 
     Threads that check keys, those that write uploads and archives, and the one that looks a collection through are counted
-    apart from all others: a slow disk under many uploads stops no search.
+    apart from all others: a slow disk under many uploads stops no search. Few read pictures at once: one takes up to 200 MB
+    meanwhile.
     """
 
     storage: Storage
@@ -45,6 +46,7 @@ class Services:
     authenticating: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     receiving: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
     checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    reading: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
 
 
 async def services_of(request: Request) -> Services:

@@ -97,8 +97,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
     },
     "NewAlertOut": {**_ALERT_ROW, "secret": "whsec_5d41402abc4b2a76"},
     "AlertOut": _ALERT_ROW,
+    "EmbeddingsOut": {
+        "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}], "model": "gates",
+        "usage": {"prompt_tokens": 6, "total_tokens": 6}, "warnings": [],
+    },
+    "ModelsOut": {
+        "object": "list", "data": [{"id": "gates", "object": "model", "created": 1769860800, "owned_by": "acme"}],
+    },
     "VideoOut": _VIDEO_ROW,
     "UploadOut": {"video_id": _VIDEO, "task_id": _TASK, "status": "pending", "duplicate_of": None, "updated": []},
+    "ManifestOut": {
+        "queued": [{"line": 1, "task_id": _TASK}],
+        "refused": [{"line": 2, "code": "invalid_url", "detail": "only http and https URLs with a host are fetched"}],
+    },
     "QueuedOut": {"task_id": _TASK},
     "AdapterImportOut": {"task_id": _TASK, "adapter_id": _ADAPTER},
     "CollectionImportOut": {"task_id": _TASK, "collection": "gates"},

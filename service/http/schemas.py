@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from service.net import MAX_URL
+from service.search.pictures import DATA_URL
 from service.settings import CollectionSettings
+from service.storage.database import check_text
+from service.storage.rows import parse_json
 from service.videos.captions import MAX_CAPTIONS, MAX_TEXT, CaptionIn, CaptionText
 from training.recipe import Recipe
 
@@ -54,6 +59,51 @@ class NewAlert(In):
     name: str | None = Field(None, min_length=1, max_length=200)
 
 
+MAX_INPUTS = 64  # of one request for embeddings
+
+
+class ImageInput(In):
+    image: str = Field(description="data:image/png;base64,…")
+
+
+class EmbeddingsRequest(In):
+    model: str = Field(max_length=200, description="A collection's name, or `backbone`: the own one, frozen.")
+    input: str | ImageInput | list[str | ImageInput] = Field(
+        description=f'Up to {MAX_INPUTS}: texts, and pictures as `{{"image": URL}}` or as the data URL itself.'
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, description="Refused: vectors have the length that the backbone gives them.")
+    user: str | None = Field(None, max_length=1000, description="Passed over.")
+
+    @property
+    def inputs(self) -> list[str]:
+        each = self.input if isinstance(self.input, list) else [self.input]
+        return [one if isinstance(one, str) else one.image for one in each]
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        each = value if isinstance(value, list) else [value]
+        if not 1 <= len(each) <= MAX_INPUTS:
+            raise ValueError(f"has {len(each)} inputs: 1 to {MAX_INPUTS} are taken at once")
+        for one in each:
+            text = one.get("image") if isinstance(one, dict) and set(one) == {"image"} else one
+            if not isinstance(text, str):
+                raise ValueError('an input is a text, or {"image": "data:image/…"}; tokens are not taken')
+            if text is not one and not text.startswith(DATA_URL):
+                raise ValueError("an image is sent as a data URL: data:image/png;base64,…")
+            if len(text) > MAX_TEXT and not text.startswith(DATA_URL):
+                raise ValueError(f"a text has at most {MAX_TEXT} characters")
+        return value
+
+    @field_validator("dimensions")
+    @classmethod
+    def _all(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise ValueError("vectors are not shortened here: leave it out")
+        return value
+
+
 class NewCollection(In):
     name: str
     settings: CollectionSettings = CollectionSettings()
@@ -68,6 +118,22 @@ MAX_METADATA = 65536  # bytes of a video's metadata as JSON: a filter reads thos
 
 class Captions(In):
     captions: list[CaptionText | CaptionIn] = Field(max_length=MAX_CAPTIONS)
+
+
+class VideoByUrl(In):
+    url: str = Field(max_length=MAX_URL)
+    filename: str | None = Field(None, max_length=1000)
+    captions: list[CaptionText | CaptionIn] = Field([], max_length=MAX_CAPTIONS)
+    metadata: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _storable(self) -> VideoByUrl:
+        check_text([self.url, self.filename, [c if isinstance(c, str) else c.text for c in self.captions]])
+        text = "{}" if self.metadata is None else json.dumps(self.metadata, ensure_ascii=False)
+        if len(text.encode()) > MAX_METADATA:
+            raise ValueError(f"metadata is over {MAX_METADATA} bytes")
+        parse_json(text)
+        return self
 
 
 class TrainRequest(In):

@@ -30,7 +30,7 @@ from service.storage.tables import OPEN
 from service.videos import video_rows
 
 router = APIRouter(route_class=KeyFirst, prefix="/tasks", tags=["tasks"], responses=PROBLEMS)
-CANCELLABLE = ("index_video", "train_adapter", "activate", "evaluate", "import_collection")
+CANCELLABLE = ("index_video", "fetch_video", "train_adapter", "activate", "evaluate", "import_collection")
 POLL_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # then a comment tells the client, and whatever stands between, that the connection lives
 

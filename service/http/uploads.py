@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,33 +11,13 @@ from typing import Any
 from anyio import to_thread
 from starlette.requests import Request
 
-from indexer.formats import HEAD_BYTES, looks_like_video
-from service.errors import PolyclipError
 from service.http.middleware import content_length
 from service.http.multipart import Malformed, Multipart
 from service.storage.rows import parse_json
 from service.videos.accept import InvalidUpload, label
+from service.videos.incoming import EmptyFile, FileTooLarge, Incoming
 
 FIELD_BYTES = 1024 * 1024
-SNIFF_BYTES = HEAD_BYTES
-
-
-class EmptyFile(PolyclipError):
-    """The file has no bytes."""
-
-    code, status, hint = "empty_file", 422, "send a file that has bytes"
-
-
-class FileTooLarge(PolyclipError):
-    """The file is over the limit."""
-
-    code, status, hint = "video_too_large", 413, "send less; `POLYCLIP_MAX_VIDEO_BYTES` is the limit"
-
-
-class UnsupportedMedia(PolyclipError):
-    """The bytes do not begin like any video container that the decoders know."""
-
-    code, status, hint = "unsupported_media", 415, "send a container of docs/formats.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,47 +63,23 @@ class _Text:
     def end(self) -> None: ...
 
 
-class _File:
-    """Writes to disk and hashes; refuses what is over the limit, and what is no video as soon as that can be told."""
+class _File(Incoming):
+    """The part `file`."""
 
     def __init__(self, path: Path, limit: int, video: bool) -> None:
-        self._path, self._limit, self._video = path, limit, video
-        self.size = 0
+        super().__init__(path, limit, video)
         self.filename: str | None = None
-        self.seen = self.whole = False
-        self._hash = hashlib.sha256()
-        self._head = b""
+        self.whole = False
 
     def begin(self, filename: str | None) -> None:
-        if self.seen:
+        if self.opened:
             raise InvalidUpload("there is more than one part 'file'")
-        self.seen, self.filename = True, filename
-        self._out = self._path.open("wb")
-
-    def take(self, chunk: bytes) -> None:
-        self.size += len(chunk)
-        if self.size > self._limit:
-            raise FileTooLarge(f"the file is over the limit of {self._limit} bytes")
-        if self._video and len(self._head) < SNIFF_BYTES:
-            self._head += chunk[:SNIFF_BYTES]
-            if len(self._head) >= SNIFF_BYTES:
-                check_container(self._head)
-        self._hash.update(chunk)
-        self._out.write(chunk)
+        self.filename = filename
+        self.open()
 
     def end(self) -> None:
-        self._out.close()
+        self.finish()
         self.whole = True
-        if self._video and 0 < len(self._head) < SNIFF_BYTES:
-            check_container(self._head)
-
-    def close(self) -> None:
-        if self.seen:
-            self._out.close()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
 
 
 async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str, ...] = (), video: bool = True) -> Upload:
@@ -148,7 +103,7 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
                 await to_thread.run_sync(parser.feed, chunk, limiter=request.app.state.services.receiving)
         except Malformed as error:
             raise InvalidUpload(f"the multipart body is broken: {error}") from error
-        if not target.seen:
+        if not target.opened:
             raise InvalidUpload("there is no part 'file'")
         if not target.whole:
             raise InvalidUpload("the multipart body breaks off within the part 'file'")
@@ -161,12 +116,6 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
         with suppress(OSError):  # the disk may be full: what is buffered cannot be written
             target.close()
         raise
-
-
-def check_container(head: bytes) -> None:
-    """Raises UnsupportedMedia unless `head`, the first bytes of a file, begins like a video container."""
-    if not looks_like_video(head):
-        raise UnsupportedMedia("this file is no video: it does not begin like any video container")
 
 
 def _decoded(name: str, data: bytes) -> str:

@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
-from service.http import document, paging, uploads
+from service.http import by_url, document, paging, uploads
 from service.http.answers import UploadOut, VideoOut, VideoPage, VideoStatus
 from service.http.auth import (
     PROBLEMS,
@@ -24,13 +24,13 @@ from service.http.auth import (
 from service.http.collections import listing
 from service.http.schemas import MAX_METADATA, Captions
 from service.http.search import media_urls
-from service.http.uploads import FileTooLarge, Upload
+from service.http.uploads import Upload
 from service.storage import idempotency, tenant_rows
-from service.storage.rows import QuotaExceeded
 from service.storage.tenant_rows import Tenant
 from service.upkeep.delete import delete_video
 from service.videos import video_rows
 from service.videos.accept import InvalidUpload, accept, parse_captions
+from service.videos.incoming import room
 from service.videos.video_rows import Caption, Video
 
 router = APIRouter(route_class=KeyFirst, prefix="/collections/{name}/videos", tags=["videos"], responses=PROBLEMS)
@@ -41,6 +41,7 @@ _BODY = document.form(
     metadata="a JSON object, returned with every hit",
     captions="a JSON list of strings or {text, start?, end?}",
 )
+_BODY["requestBody"]["content"]["application/json"] = {"schema": by_url.SCHEMA}
 
 
 @router.post("", name="upload_video", status_code=202, response_model=UploadOut, openapi_extra=_BODY)
@@ -51,16 +52,16 @@ async def upload(
 
     The same bytes in the same collection are not stored twice: the answer then names the earlier video. Captions that it
     lacks are added, metadata replaces its own, and `updated` says which of the two have changed.
+
+    As JSON with a `url`, the task fetches the video and then takes it in as an upload; its result is what an upload would have
+    been answered. Until then there is no `video_id`.
     """
     await to_thread.run_sync(_check_before, services, tenant, name)
-    settings, quota = services.storage.settings, tenant.quotas.get("max_bytes")
-    limit = settings.max_video_bytes if quota is None else min(settings.max_video_bytes, quota)
-    try:
+    if by_url.asked(request):
+        return await by_url.one(name, request, tenant, services, key)
+    settings = services.storage.settings
+    with room(settings, tenant) as limit:
         received = await uploads.receive(request, settings.scratch, limit, ("metadata", "captions"))
-    except FileTooLarge as error:
-        if limit == settings.max_video_bytes:
-            raise
-        raise QuotaExceeded(f"the tenant may have {quota} bytes: this file alone has more") from error
     try:
         return await to_thread.run_sync(_store, services, tenant, name, received, key, limiter=services.receiving)
     finally:

@@ -44,6 +44,7 @@ class Queue:
 
 QUEUES = {
     "index": Queue(8, 6, 0.25),
+    "fetch": Queue(8, 4, 0.5),
     "reembed": Queue(2, 1, 0.5),
     "chunks": Queue(2, 2, 0.25),  # of the jobs in `reembed` and `train`, which wait for them
     "quick": Queue(4, 2, 0.5),
@@ -53,6 +54,7 @@ QUEUES = {
 }
 QUEUE_OF = {
     "index_video": "index",
+    "fetch_video": "fetch",
     "train_adapter": "train",
     "activate": "reembed",
     "import_collection": "reembed",
@@ -62,7 +64,7 @@ QUEUE_OF = {
     "deliver_event": "webhooks",
 }
 GROUPS = {  # for the command line
-    "index": ["index"],
+    "index": ["index", "fetch"],
     "reembed": ["reembed", "chunks", "quick", "alerts", "webhooks"],
     "train": ["train"],
 }

@@ -218,7 +218,8 @@ class Runner:
     def _put_off(self, task: Task, why: JobFailed, tries: int) -> dict[str, Any] | None:
         most = self.storage.settings.job_tries
         if tries >= most and not why.lasts:
-            self._end(task, "failed", {"code": "worker_failed", "detail": f"tried {tries} times: {why}"})
+            code = "worker_failed" if why.code == "internal" else why.code
+            self._end(task, "failed", {"code": code, "detail": f"tried {tries} times: {why}"})
             return None
         wait = min(LONGEST_WAIT, FIRST_WAIT * 3 ** (tries - 1)) * random.uniform(0.5, 1.5)
         log.warning("task_put_off", kind=task.kind, seconds=round(wait, 1), error=str(why))

@@ -51,6 +51,14 @@ def tenant_named(connection: Connection, name: str) -> Tenant:
     return record(Tenant, row)
 
 
+def tenant_of(connection: Connection, tenant: str) -> Tenant:
+    """A tenant by its id, for a task of its own."""
+    row = connection.execute(select(tenants).where(tenants.c.id == tenant, tenants.c.deleted_at.is_(None))).mappings().first()
+    if row is None:
+        raise NotFound("tenant", tenant)
+    return record(Tenant, row)
+
+
 def list_tenants(connection: Connection, limit: int, after: str | None) -> Page:
     """For the operator alone."""
     return page(connection, select(tenants).where(tenants.c.deleted_at.is_(None)), Tenant, tenants.c.id, limit, after)

@@ -29,8 +29,8 @@ from service.storage.tables import (
 
 
 def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) -> int:
-    """Deleted videos with their captions, what was said of them, their events, the tasks of these and of their indexing, and
-    the answers kept for their uploads; returns their number.
+    """Deleted videos with their captions, what was said of them, their events, the tasks of these, of their fetching and their
+    indexing, and the answers kept for their uploads; returns their number.
 
     Their vectors went when they were marked; the tombstones (an id, no content) stay as long as the vector set.
     """
@@ -49,6 +49,8 @@ def erase_videos(connection: Connection, tenant: str, video_ids: Sequence[str]) 
     theirs = [*(row.task_id for row in found), *(task for task in deliveries if task is not None)]
     for part in parts(theirs):
         connection.execute(delete(tasks).where(tasks.c.tenant_id == tenant, tasks.c.id.in_(part)))
+    fetched = and_(tasks.c.kind == "fetch_video", tasks.c.result["video_id"].as_string().in_(ids))
+    _erase_tasks(connection, tenant, fetched)
     return len(ids)
 
 
@@ -64,7 +66,7 @@ def erase_adapter(connection: Connection, tenant: str, collection: str, adapter_
     sets = list(connection.scalars(select(generations.c.id).where(theirs)))
     told = or_(*(column["adapter_id"].as_string() == adapter_id for column in (tasks.c.request, tasks.c.result)))
     ended = and_(tasks.c.status.not_in(OPEN), tasks.c.kind != "purge", told)
-    _erase_tasks(connection, tenant, collection, ended)
+    _erase_tasks(connection, tenant, and_(tasks.c.collection_id == collection, ended))
     connection.execute(delete(generations).where(theirs))
     connection.execute(delete(adapters).where(mine))
     return digest, sets
@@ -77,12 +79,13 @@ def erase_collection(connection: Connection, tenant: str, collection: str) -> No
     mine = and_(collections.c.tenant_id == tenant, collections.c.id == collection)
     standing = and_(alerts.c.tenant_id == tenant, alerts.c.collection_id == collection)
     named = [collection, *connection.scalars(select(alerts.c.id).where(standing))]
-    made = and_(idempotency.c.tenant_id == tenant, idempotency.c.answer["id"].as_string().in_(named))
+    names = (idempotency.c.answer[name].as_string().in_(named) for name in ("id", "collection_id"))
+    made = and_(idempotency.c.tenant_id == tenant, or_(*names))
     connection.execute(delete(idempotency).where(made))
     connection.execute(delete(alert_events).where(alert_events.c.alert_id.in_(select(alerts.c.id).where(standing))))
     connection.execute(delete(alerts).where(standing))
     connection.execute(delete(feedback).where(feedback.c.tenant_id == tenant, feedback.c.collection_id == collection))
-    _erase_tasks(connection, tenant, collection, tasks.c.kind != "purge")
+    _erase_tasks(connection, tenant, and_(tasks.c.collection_id == collection, tasks.c.kind != "purge"))
     connection.execute(delete(generations).where(generations.c.tenant_id == tenant, generations.c.collection_id == collection))
     connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant, adapters.c.collection_id == collection))
     connection.execute(delete(collections).where(mine))
@@ -98,9 +101,9 @@ def erase_tenant(connection: Connection, tenant: str) -> None:
         connection.execute(delete(tenants).where(mine))
 
 
-def _erase_tasks(connection: Connection, tenant: str, collection: str, which: ColumnElement[bool]) -> None:
+def _erase_tasks(connection: Connection, tenant: str, which: ColumnElement[bool]) -> None:
     """With the answers that name them."""
-    mine = and_(tasks.c.tenant_id == tenant, tasks.c.collection_id == collection, which)
+    mine = and_(tasks.c.tenant_id == tenant, which)
     named = idempotency.c.answer["task_id"].as_string().in_(select(tasks.c.id).where(mine))
     connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant, named))
     connection.execute(delete(tasks).where(mine))

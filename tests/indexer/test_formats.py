@@ -12,7 +12,7 @@ from videos import write_sound, write_video
 
 from indexer.decode import DecodeError, decode
 from indexer.formats import DEMUXERS, HEAD_BYTES, VIDEO_SUFFIXES, looks_like_video
-from service.http.uploads import SNIFF_BYTES, UnsupportedMedia, check_container
+from service.videos.incoming import SNIFF_BYTES, UnsupportedMedia, check_container
 
 KINDS: dict[str, dict[str, Any]] = {
     "a.mp4": {},
