@@ -111,23 +111,33 @@ class Batcher(Generic[Row, Result]):
         Raises BatcherFull, BatcherClosed, ValueError for a weight under 1. The ticket may hold DeadlinePassed,
         BatcherClosed, BatcherFailed or what `encode` raised.
         """
+        return self.submit_all([row], group=group, weight=weight, deadline=deadline)[0]
+
+    def submit_all(
+        self, rows: Sequence[Row], *, group: str = "", weight: int = 1, deadline: float | None = None
+    ) -> list[Ticket[Result]]:
+        """`submit` of several rows at once, all or none of them: an idle thread takes them together, not the first alone."""
         if weight < 1:
             raise ValueError(f"the weight of a row is {weight}, not at least 1")
-        ticket = Ticket[Result]()
+        tickets = [Ticket[Result]() for _ in rows]
         with self._wake:
             if self._closed:
                 raise BatcherClosed("the batcher is closed")
-            queue = self._groups.get(group, ())
-            if self._depth >= self._capacity or len(queue) >= self._group_capacity:
-                self.refused += 1
-                raise BatcherFull(f"{self._depth} rows are waiting, {len(queue)} of them yours", self._time_to_drain())
-            waiting = _Waiting(ticket, row, weight, deadline, time.monotonic())
-            self._groups.setdefault(group, OrderedDict())[ticket] = waiting
-            self._depth += 1
-            self._weight += weight
+            waits, theirs, more = self._depth, len(self._groups.get(group, ())), len(rows)
+            if waits + more > self._capacity or theirs + more > self._group_capacity:
+                self.refused += more
+                raise BatcherFull(f"{waits} rows are waiting, {theirs} of them yours", self._time_to_drain())
+            if not rows:
+                return []
+            queue, now = self._groups.setdefault(group, OrderedDict()), time.monotonic()
+            for ticket, row in zip(tickets, rows, strict=True):
+                queue[ticket] = _Waiting(ticket, row, weight, deadline, now)
+            self._depth += more
+            self._weight += weight * more
             self._wake.notify()
-        ticket.add_done_callback(lambda done: self._withdraw(group, done) if done.cancelled() else None)
-        return ticket
+        for ticket in tickets:
+            ticket.add_done_callback(lambda done: self._withdraw(group, done) if done.cancelled() else None)
+        return tickets
 
     async def run(self, row: Row, *, group: str = "", weight: int = 1, deadline: float | None = None) -> Result:
         """`submit`, awaited. A task that is cancelled meanwhile withdraws its row. Raises what `submit` and its ticket do."""

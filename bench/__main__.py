@@ -22,6 +22,7 @@ BENCHES = (
     "adapter_swap",
     "many_adapters",
     "search_path",
+    "filters",
     "index_sizes",
     "serving",
     "beside_jobs",

@@ -18,6 +18,7 @@ from service.http import (
     alerts,
     archive,
     backbones,
+    batch,
     by_url,
     collections,
     document,
@@ -79,6 +80,7 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
     problems.install(app)
     for module in (
         search,
+        batch,
         embeddings,
         feedback,
         collections,

@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     snapshot_bytes: int = Field(4096 * MiB, ge=0, description="Snapshots of index views kept on disk, in bytes; 0: none.")
     batch_texts: int = Field(64, ge=1, description="Largest batch of texts in one forward pass.")
     queue_texts: int = Field(1024, ge=2, description="Texts that may wait to be encoded, half of them one tenant's.")
+    image_bytes: int = Field(10 * MiB, ge=1024, description="Largest picture of a search by image, in bytes.")
     search_seconds: float = Field(20.0, gt=0, description="How long a text may wait to be encoded, in seconds.")
     batch_frames: int = Field(96, ge=1, description="Largest batch of frames in one forward pass.")
     training_seconds: float = Field(

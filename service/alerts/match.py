@@ -47,7 +47,7 @@ def match_alerts(
     for first in range(0, len(standing), TOGETHER):
         progress(Progress("comparing", first, len(standing)))
         some = standing[first : first + TOGETHER]
-        scores = rescore_all(_vectors(storage, encoder, generation, some), [frames for _, _, frames in segments])
+        scores = rescore_all(_vectors(storage, encoder, generation, some), [segment.frames for segment in segments])
         found = [_best(alert, own, segments) for alert, own in zip(some, scores, strict=True)]
         matches = [match for match in found if match.alert.min_score is None or match.score >= match.alert.min_score]
         with storage.database.write() as connection:
@@ -58,9 +58,9 @@ def match_alerts(
     return {"video_id": video, "alerts": len(standing), "events": events}
 
 
-def _best(alert: Alert, scores: NDArray[np.float32], segments: Sequence[tuple[float, float, bytes]]) -> Match:
+def _best(alert: Alert, scores: NDArray[np.float32], segments: Sequence[Any]) -> Match:
     best = int(scores.argmax())
-    return Match(alert, segments[best][0], segments[best][1], round(float(scores[best]), 6))
+    return Match(alert, segments[best].start, segments[best].end, round(float(scores[best]), 6))
 
 
 def _vectors(storage: Storage, encoder: Encoder, generation: Generation, standing: Sequence[Alert]) -> NDArray[np.float32]:

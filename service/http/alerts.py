@@ -22,7 +22,7 @@ from service.http.auth import PROBLEMS, Anyone, CanWrite, IdempotencyKey, InServ
 from service.http.collections import PageLimit, listing
 from service.http.schemas import NewAlert
 from service.http.streams import RETRY_SECONDS, EventStream, check_streams, last_told
-from service.search.query import EmptyText
+from service.search.question import EmptyText
 from service.storage import idempotency, keys
 from service.storage.keys import Caller, InvalidKey
 from service.storage.rows import NotFound

@@ -312,12 +312,17 @@ class ReadinessOut(BaseModel):
     warning: str | None
 
 
-class HitOut(BaseModel):
+class HitIdOut(BaseModel):
+    """`rank` by score, from 1, however the hits are sorted; `start` and `end` in seconds."""
+
     rank: int
     score: float
     video_id: str
     start: float
     end: float
+
+
+class HitOut(HitIdOut):
     filename: str
     metadata: dict[str, Any]
     thumbnail_url: str
@@ -339,7 +344,7 @@ class Warning(BaseModel):
 
 
 class SearchAnswer(BaseModel):
-    data: list[HitOut]
+    data: list[HitOut | HitIdOut]
     search_pool: SearchPool
     timings_ms: dict[str, float]
     page_info: PageInfo

@@ -12,11 +12,11 @@ from service.http.examples import EXAMPLES
 BINARY = {"type": "string", "format": "binary"}
 
 
-def form(file: str, **texts: str) -> dict[str, Any]:
-    """`openapi_extra` of a route that takes multipart/form-data: a part `file` and parts of text, each with its description."""
-    parts = {"file": {**BINARY, "description": file}}
+def form(file: str, part: str = "file", **texts: str) -> dict[str, Any]:
+    """`openapi_extra` of a route that takes multipart/form-data: a file and parts of text, each with its description."""
+    parts = {part: {**BINARY, "description": file}}
     parts |= {name: {"type": "string", "description": text} for name, text in texts.items()}
-    schema = {"type": "object", "required": ["file"], "properties": parts}
+    schema = {"type": "object", "required": [part], "properties": parts}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

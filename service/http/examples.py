@@ -72,15 +72,26 @@ _EVENT_ROW = {
     "id": f"evt_{_ID}", "number": 1, "alert_id": f"alr_{_ID}", "video_id": _VIDEO, "start": 0.0, "end": 6.5, "score": 0.312,
     "generation": _GENERATION, "delivery": "delivered", "error": None, "created_at": _TIME, "delivered_at": _TIME,
 }  # fmt: skip
+_SEARCH = {
+    "data": [_HIT],
+    "search_pool": {
+        "collection": "gates", "generation": _GENERATION, "adapter": None, "backbone": _BACKBONE, "total_videos": 3,
+        "pending_videos": 0,
+    },
+    "timings_ms": {"encode": 9.1, "search": 0.8}, "page_info": _ONE, "warnings": [],
+}  # fmt: skip
+_PROBLEM = {
+    "type": "urn:polyclip:problem:collection_not_found", "title": "Not Found", "status": 404,
+    "detail": "there is no collection 'gates'", "code": "collection_not_found", "request_id": f"req_{_ID}",
+    "errors": None, "errors_left_out": None,
+}  # fmt: skip
 
 EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
-    "SearchAnswer": {
-        "data": [_HIT],
-        "search_pool": {
-            "collection": "gates", "generation": _GENERATION, "adapter": None, "backbone": _BACKBONE, "total_videos": 3,
-            "pending_videos": 0,
-        },
-        "timings_ms": {"encode": 9.1, "search": 0.8}, "page_info": _ONE, "warnings": [],
+    "SearchAnswer": _SEARCH,
+    "BatchAnswer": {
+        "data": [
+            {"status": 200, "answer": _SEARCH, "problem": None}, {"status": 404, "answer": None, "problem": _PROBLEM}
+        ],
     },
     "FeedbackOut": _FEEDBACK_ROW,
     "CheckUpOut": {
@@ -127,11 +138,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # by the answer's model
         "status": "ready", "checks": {"backbone": True, "database": True, "worker": True}, "missing": [],
         "backbones": [_BACKBONE], "warning": None,
     },
-    "Problem": {
-        "type": "urn:polyclip:problem:collection_not_found", "title": "Not Found", "status": 404,
-        "detail": "there is no collection 'gates'", "code": "collection_not_found", "request_id": f"req_{_ID}",
-        "errors": None, "errors_left_out": None,
-    },
+    "Problem": _PROBLEM,
     **{
         f"{name}Page": {"data": [row], "page_info": _ONE}
         for name, row in (

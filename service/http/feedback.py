@@ -30,7 +30,7 @@ from service.http.auth import (
 from service.http.collections import PageLimit, listing
 from service.http.schemas import NewFeedback
 from service.http.search import while_connected
-from service.search.query import EmptyText
+from service.search.question import EmptyText
 from service.storage import idempotency
 from service.videos import video_rows
 

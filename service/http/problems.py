@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 
 MAX_ERRORS = 20  # listed in one answer
 MAX_DETAIL = 1000  # characters of what tells of a fault: it may quote what the client sent
+INTERNAL = "this is our fault; the log tells more under the request id"
 PLAIN = {404: "not_found", 405: "method_not_allowed", 416: "invalid_range"}
 
 
@@ -49,7 +51,17 @@ def problem(
     errors: Sequence[Mapping[str, Any]] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A problem document (RFC 9457)."""
+    """The answer that is a problem document (RFC 9457)."""
+    body = document(request, status, code, detail, errors)
+    extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
+    if status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    if status in (429, 503):
+        extra.setdefault("Retry-After", "2")
+    return Response(json.dumps(body), status, extra, media_type="application/problem+json")
+
+
+def document(request: Request, status: int, code: str, detail: str, errors: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     body: dict[str, Any] = {
         "type": f"urn:polyclip:problem:{code}",
         "title": HTTPStatus(status).phrase,
@@ -61,12 +73,19 @@ def problem(
     if errors:
         body["errors"] = [{name: _cut(value) for name, value in error.items()} for error in errors[:MAX_ERRORS]]
         body["errors_left_out"] = max(0, len(errors) - MAX_ERRORS)
-    extra = {**(headers or {}), "X-Request-Id": body["request_id"]}
-    if status == 401:
-        extra["WWW-Authenticate"] = "Bearer"
-    if status in (429, 503):
-        extra.setdefault("Retry-After", "2")
-    return Response(json.dumps(body), status, extra, media_type="application/problem+json")
+    return body
+
+
+def of_one(request: Request, error: Exception) -> dict[str, Any]:
+    """The document of what went wrong with one of several things that are answered together."""
+    if isinstance(error, ValidationError):
+        places = [{"pointer": "".join(f"/{part}" for part in each["loc"]), "detail": each["msg"]} for each in error.errors()]
+        return document(request, 422, "invalid_request", _listed(places), places)
+    told = errors.describe(error)
+    if told is None or told.status is None:
+        log.exception("request_failed", path=request.url.path, exc_info=error)
+        return document(request, 500, "internal", INTERNAL)
+    return document(request, told.status, told.code, told.detail, _places(error, told.detail))
 
 
 def _cut(text: str) -> str:
@@ -81,16 +100,22 @@ async def _known(request: Request, error: Exception) -> Response:
         return problem(request, 404, "not_found", "nothing has this name")
     if errors.fault_of(error) is not None or isinstance(error, DamagedAdapter):
         log.error(told.code, path=request.url.path, reason=" ".join(str(error).split())[:300])
-    places = [{"pointer": error.pointer, "detail": told.detail}] if isinstance(error, InvalidFilter) else []
     wait = None if told.retry_after is None else {"Retry-After": str(max(1, math.ceil(told.retry_after)))}
-    return problem(request, told.status, told.code, told.detail, places, wait)
+    return problem(request, told.status, told.code, told.detail, _places(error, told.detail), wait)
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     places = [{"pointer": "".join(f"/{part}" for part in place["loc"][1:]), "detail": place["msg"]} for place in error.errors()]
-    detail = "; ".join(f"{_cut(place['pointer']) or 'body'}: {_cut(place['detail'])}" for place in places[:MAX_ERRORS])
-    return problem(request, 422, "invalid_request", detail, places)
+    return problem(request, 422, "invalid_request", _listed(places), places)
+
+
+def _listed(places: Sequence[Mapping[str, str]]) -> str:
+    return "; ".join(f"{_cut(place['pointer']) or 'body'}: {_cut(place['detail'])}" for place in places[:MAX_ERRORS])
+
+
+def _places(error: Exception, detail: str) -> list[dict[str, str]]:
+    return [{"pointer": error.pointer, "detail": detail}] if isinstance(error, InvalidFilter) else []
 
 
 async def _plain(request: Request, error: Exception) -> Response:
@@ -105,4 +130,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _internal(request: Request, error: Exception) -> Response:
     log.exception("request_failed", request_id=request.state.request_id, path=request.url.path, exc_info=error)
-    return problem(request, 500, "internal", "this is our fault; the log tells more under the request id")
+    return problem(request, 500, "internal", INTERNAL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.net import MAX_URL
 from service.search.pictures import DATA_URL
+from service.search.question import MOST_TEXTS, NOT_WEIGHT, TEXT_WEIGHT
 from service.settings import CollectionSettings
 from service.storage.database import check_text
 from service.storage.rows import parse_json
@@ -25,14 +26,89 @@ class In(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class SearchRequest(In):
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Texts = Annotated[list[Text], Field(min_length=2, max_length=MOST_TEXTS)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TEXT = "What is to be seen; cut at the backbone's context length."
+TEXTS = "Several texts instead of one, whose mean is searched with; `/search/batch` answers each by itself."
+ADAPTER = (
+    'Answer under this adapter, which has been active before, instead of the active one; "none": the frozen backbone. Nothing '
+    "is switched."
+)
+
+
+class SearchOptions(In):
+    """What all kinds of queries take."""
+
     collection: str
-    text: str = Field(max_length=MAX_TEXT, description="What is to be seen; cut at the backbone's context length.")
+    not_: Text | None = Field(None, alias="not", description="What is not to be seen.")
+    not_weight: float = Field(NOT_WEIGHT, ge=0, le=1, description="How much of `not` is taken away.")
+    generation: str | None = Field(None, description="Answer under this generation, which still stands, instead of the active.")
+    adapter: str | None = Field(None, description=ADAPTER)
     page_limit: PageLimit = 10
     page_token: str | None = None
     group_by: Literal["video", "segment"] = "video"
     filter: dict[str, Any] | None = Field(None, description='{"duration": {"gte": 5}, "metadata.camera": "north"}')
     rescore: bool = Field(True, description="Rescore the first stage's candidates over their frame vectors.")
+    sort_by: Literal["score", "created_at", "filename", "duration"] = Field(
+        "score", description="The order of the hits; the score decides which these are, and their `rank`."
+    )
+    order: Literal["asc", "desc"] | None = Field(
+        None,
+        description="Of `sort_by`; default: the newest, and otherwise the least, first. By score the best is always first.",
+    )
+    fields: Literal["all", "ids"] = Field("all", description="`ids`: hits without file name, metadata and URLs.")
+
+    @model_validator(mode="after")
+    def _one_generation(self) -> Self:
+        if self.generation is not None and self.adapter is not None:
+            raise ValueError("generation and adapter exclude each other")
+        return self
+
+
+class SearchRequest(SearchOptions):
+    text: Text | None = Field(None, description=TEXT)
+    texts: Texts | None = Field(None, description=TEXTS)
+    combine: Literal["mean"] = Field("mean", description="How `texts` are taken together.")
+
+    @model_validator(mode="after")
+    def _text(self) -> Self:
+        if (self.text is None) == (self.texts is None):
+            raise ValueError("needs text or texts, one of them")
+        return self
+
+
+class VideoSearchRequest(SearchOptions):
+    video_id: str = Field(description="A video of the collection.")
+    start: Seconds | None = Field(None, description="The part of it that is meant, in seconds; default: from its beginning.")
+    end: Seconds | None = Field(None, description="Default: to its end.")
+
+
+class ImageSearchRequest(SearchOptions):
+    """The fields that may be sent beside the image, as parts of the form or as one JSON object in the part `query`."""
+
+    text: Text | None = Field(None, description="What is to be seen besides.")
+    texts: Texts | None = Field(None, description=TEXTS)
+    text_weight: float = Field(TEXT_WEIGHT, ge=0, le=1, description="The share of text or texts, beside that of the image.")
+
+    @model_validator(mode="after")
+    def _text(self) -> Self:
+        if self.text is not None and self.texts is not None:
+            raise ValueError("text and texts exclude each other")
+        return self
+
+
+def _queries(schema: dict[str, Any]) -> None:
+    refs = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (SearchRequest, VideoSearchRequest)]
+    schema["properties"]["queries"]["items"] = {"anyOf": refs}
+
+
+class BatchRequest(In):
+    """Each query is checked, and answered, by itself."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_queries)
+
+    queries: list[Any] = Field(min_length=1, max_length=64, description="As `/search` and `/search/video` take them.")
 
 
 class NewFeedback(In):

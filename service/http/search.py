@@ -1,4 +1,4 @@
-"""`POST /search`."""
+"""Searches: by text, picture and video, one or many at once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
-from service.http import paging
-from service.http.answers import BackboneName, HitOut, PageInfo, SearchAnswer, SearchPool, Warning
+from service.http import document, paging, uploads
+from service.http.answers import (
+    BackboneName,
+    HitIdOut,
+    HitOut,
+    PageInfo,
+    SearchAnswer,
+    SearchPool,
+    Warning,
+)
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
-from service.http.schemas import SearchRequest
-from service.search import filters
-from service.search.query import Found
+from service.http.queries import IMAGE_FIELDS, image_request, offset_of, query_of
+from service.http.schemas import ImageSearchRequest, SearchOptions, SearchRequest, VideoSearchRequest
+from service.search.pictures import read_picture
+from service.search.query import Found, Hit, Query
 from service.storage.keys import sign
+from service.storage.tenant_rows import Tenant
 
 Done = TypeVar("Done")
 router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
@@ -25,18 +36,45 @@ router = APIRouter(route_class=KeyFirst, tags=["search"], responses=PROBLEMS)
 @router.post("/search", name="search")
 async def search(request: Request, body: SearchRequest, tenant: CanSearch, services: InServices) -> SearchAnswer:
     """Finds the videos of a collection that show what the text says, best first."""
-    offset = int(paging.decode("offset", body.page_token) or 0)
-    where = None if body.filter is None else filters.parse(body.filter)
-    work = services.searcher.answer(
-        tenant.id,
-        body.collection,
-        body.text,
-        group_by=body.group_by,
-        where=where,
-        exact=body.rescore,
-        wanted=offset + body.page_limit,
-    )
-    return answer(services, request, await while_connected(request, work), offset, body.page_limit)
+    return await _answered(services, request, tenant, body, query_of(body))
+
+
+@router.post("/search/video", name="search_by_video")
+async def search_by_video(request: Request, body: VideoSearchRequest, tenant: CanSearch, services: InServices) -> SearchAnswer:
+    """Finds videos that look like a video of the collection, or like a part of it; that video itself is left out.
+
+    Scores are cosines of pictures with pictures, which are much higher than those of texts with pictures.
+    """
+    return await _answered(services, request, tenant, body, query_of(body))
+
+
+@router.post(
+    "/search/image",
+    name="search_by_image",
+    openapi_extra=document.form(
+        "JPEG, PNG, WebP, GIF or BMP of at most 20 megapixels; it is turned as its EXIF says",
+        part="image",
+        query="the fields of ImageSearchRequest as one JSON object; or each as a part of its own:",
+        **{
+            field.alias or name: field.description or "as in /search" for name, field in ImageSearchRequest.model_fields.items()
+        },
+    ),
+)
+async def search_by_image(request: Request, tenant: CanSearch, services: InServices) -> SearchAnswer:
+    """Finds videos that look like a picture, or like a picture with a text: `text_weight` is the text's share of the vector.
+
+    Scores are cosines of pictures with pictures, which are much higher than those of texts with pictures.
+    """
+    limit = services.storage.settings.image_bytes
+    data, parts = await uploads.receive_form(request, "image", limit, ("query", *IMAGE_FIELDS))
+    body = image_request(parts)
+    picture = await to_thread.run_sync(read_picture, data, limiter=services.receiving)
+    return await _answered(services, request, tenant, body, query_of(body, picture))
+
+
+async def _answered(services: Services, request: Request, tenant: Tenant, body: SearchOptions, query: Query) -> SearchAnswer:
+    work = services.searcher.answer(tenant.id, query.collection, query.asked, **query.how)
+    return answer(services, request, await while_connected(request, work), body)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> Done:
@@ -57,8 +95,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Done]) -> 
         watch.cancel()
 
 
-def answer(services: Services, request: Request, found: Found, offset: int, limit: int) -> SearchAnswer:
+def answer(services: Services, request: Request, found: Found, body: SearchOptions) -> SearchAnswer:
     """One page of what was found, with signed URLs."""
+    offset, limit = offset_of(body), body.page_limit
     page = found.hits[offset : offset + limit]
     url = media_urls(services, request)
     more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
@@ -70,23 +109,24 @@ def answer(services: Services, request: Request, found: Found, offset: int, limi
         length = encoder.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
         warnings.append(Warning(code="text_truncated", detail=detail))
+    if found.lacking_videos:
+        detail = f"this generation is not the active one and lacks {found.lacking_videos} of the videos"
+        warnings.append(Warning(code="generation_lacks_videos", detail=detail))
     if found.pending_videos:
         detail = f"videos that were uploaded and are not searched yet: {found.pending_videos}"
         warnings.append(Warning(code="videos_pending", detail=detail))
     return SearchAnswer(
         data=[
-            HitOut(
-                rank=offset + i + 1,
-                score=round(hit.score, 6),
-                video_id=hit.video.id,
-                start=hit.start,
-                end=hit.end,
+            HitIdOut(**_told(hit))
+            if body.fields == "ids"
+            else HitOut(
+                **_told(hit),
                 filename=hit.video.filename,
                 metadata=dict(hit.video.metadata),
                 thumbnail_url=url("thumbnail", f"{hit.video.id}-{hit.segment}"),
                 video_url=url("video", hit.video.id),
             )
-            for i, hit in enumerate(page)
+            for hit in page
         ],
         search_pool=SearchPool(
             collection=found.collection.name,
@@ -103,6 +143,12 @@ def answer(services: Services, request: Request, found: Found, offset: int, limi
         ),
         warnings=warnings,
     )
+
+
+def _told(hit: Hit) -> dict[str, Any]:
+    return {
+        "rank": hit.rank, "score": round(hit.score, 6), "video_id": hit.video.id, "start": hit.start, "end": hit.end
+    }  # fmt: skip
 
 
 def media_urls(services: Services, request: Request) -> Callable[[str, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from anyio import to_thread
 from starlette.requests import Request
 
 from service.http.middleware import content_length
-from service.http.multipart import Malformed, Multipart
+from service.http.multipart import Malformed, Multipart, Target
 from service.storage.rows import parse_json
 from service.videos.accept import InvalidUpload, label
 from service.videos.incoming import EmptyFile, FileTooLarge, Incoming
@@ -46,21 +47,23 @@ class Upload:
 class _Text:
     """Keeps a small part in memory."""
 
-    def __init__(self) -> None:
-        self.value = b""
-        self._seen = False
+    def __init__(self, name: str, limit: int = FIELD_BYTES) -> None:
+        self._name, self._limit = name, limit
+        self.value = bytearray()
+        self.seen = self.whole = False
 
     def begin(self, filename: str | None) -> None:
-        if self._seen:
+        if self.seen:
             raise InvalidUpload("there is more than one part of a name")
-        self._seen = True
+        self.seen = True
 
     def take(self, data: bytes) -> None:
         self.value += data
-        if len(self.value) > FIELD_BYTES:
-            raise InvalidUpload(f"a part other than 'file' is over {FIELD_BYTES} bytes")
+        if len(self.value) > self._limit:
+            raise InvalidUpload(f"the part {self._name!r} is over {self._limit} bytes")
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        self.whole = True
 
 
 class _File(Incoming):
@@ -96,7 +99,7 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
         path = Path(handle.name)
     target = _File(path, limit, video)
     try:
-        values = {name: _Text() for name in fields}
+        values = {name: _Text(name) for name in fields}
         try:
             parser = Multipart(request.headers["content-type"], {**values, "file": target})
             async for chunk in request.stream():
@@ -118,7 +121,37 @@ async def receive(request: Request, scratch: Path, limit: int, fields: tuple[str
         raise
 
 
-def _decoded(name: str, data: bytes) -> str:
+class _Parts(dict[str, Target]):
+    """The parts that a form may have; any other is refused."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            raise InvalidUpload(f"there is no field {name!r:.80}")
+        return self[name]
+
+
+async def receive_form(request: Request, file: str, limit: int, fields: Collection[str]) -> tuple[bytes, dict[str, str]]:
+    """The bytes of the part `file` of a multipart body, kept in memory, and the text of the other parts, none but `fields`.
+
+    Raises InvalidUpload, BodyTooLarge.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidUpload(f"send multipart/form-data with a part {file!r}")
+    request.state.body_bytes = limit + request.state.body_bytes
+    parts = {name: _Text(name, limit if name == file else FIELD_BYTES) for name in (file, *fields)}
+    try:
+        parser = Multipart(request.headers["content-type"], _Parts(parts))
+        async for chunk in request.stream():
+            parser.feed(chunk)
+    except Malformed as error:
+        raise InvalidUpload(f"the multipart body is broken: {error}") from error
+    if not parts[file].whole:
+        raise InvalidUpload(f"there is no whole part {file!r}")
+    data = bytes(parts.pop(file).value)
+    return data, {name: _decoded(name, part.value) for name, part in parts.items() if part.whole}
+
+
+def _decoded(name: str, data: bytes | bytearray) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from adapters_store import Lease
 from backbone import Form, Tokens, to_pixels
 from service.adapters.encoder import Encoder
 from service.search.pictures import DATA_URL, InvalidImage, data_of, read_picture
-from service.search.query import EmptyText
+from service.search.question import EmptyText
 from service.search.text_cache import TextCache, TextKey, TextVector, text_key
 from service.storage import collection_rows
 from service.storage.generation_rows import Generation

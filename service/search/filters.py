@@ -37,22 +37,33 @@ class InvalidFilter(PolyclipError):
 
 
 @dataclass(frozen=True, slots=True)
+class Test:
+    """An operator and what it compares with; `holds` for a value."""
+
+    operator: str
+    operands: tuple[Any, ...]
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Filter:
     """Made by `parse`. `metadata`: the top-level names of the metadata that it reads."""
 
-    tests: Mapping[str, tuple[Callable[[Any], bool], ...]]
+    tests: Mapping[str, tuple[Test, ...]]
     metadata: frozenset[str]
 
     def matches(self, values: Mapping[str, Any]) -> bool:
         """`values`: those of FIELDS by name, and under `metadata` a mapping of the names that are read."""
-        return all(test(value) for field, tests in self.tests.items() for value in [_value(field, values)] for test in tests)
+        return all(
+            test.holds(value) for field, tests in self.tests.items() for value in [_value(field, values)] for test in tests
+        )
 
 
 def parse(where: Mapping[str, Any]) -> Filter:
     """Raises InvalidFilter."""
     if len(where) > MOST_FIELDS:
         raise InvalidFilter("/filter", f"has {len(where)} fields: at most {MOST_FIELDS} are taken")
-    tests: dict[str, tuple[Callable[[Any], bool], ...]] = {}
+    tests: dict[str, tuple[Test, ...]] = {}
     for field, condition in where.items():
         parts = field.split(".")
         if len(field) > LONGEST or len(parts) > DEEPEST + 1:
@@ -70,25 +81,25 @@ def parse(where: Mapping[str, Any]) -> Filter:
     return Filter(tests, frozenset(field.split(".")[1] for field in tests if field not in FIELDS))
 
 
-def _test(pointer: str, name: str, operand: Any) -> Callable[[Any], bool]:
+def _test(pointer: str, name: str, operand: Any) -> Test:
     """What an operator asks of a value."""
     if name not in OPERATORS:
         raise InvalidFilter(pointer, f"unknown operator: take one of {', '.join(OPERATORS)}")
     if name == "exists":
         if not isinstance(operand, bool):
             raise InvalidFilter(pointer, "must be true or false")
-        return lambda value: (value is not None) == operand
+        return Test(name, (operand,), lambda value: (value is not None) == operand)
     if name == "in":
         if not isinstance(operand, list):
             raise InvalidFilter(pointer, "must be a list")
         if len(operand) > MOST_OPERANDS:
             raise InvalidFilter(pointer, f"has {len(operand)} values: at most {MOST_OPERANDS} are taken")
-    operands = operand if name == "in" else [operand]
+    operands = tuple(operand) if name == "in" else (operand,)
     if any(isinstance(each, list | Mapping) for each in operands):
         raise InvalidFilter(pointer, "values are strings, numbers, true, false or null")
     if any(isinstance(each, str) and len(each) > LONGEST for each in operands):
         raise InvalidFilter(pointer, f"a string has at most {LONGEST} characters")
-    wanted = [_comparable(each) for each in operands]
+    wanted = [comparable(each) for each in operands]
     if name in ORDER:
         kind, bound = wanted[0]
         if kind not in ("number", "time", "text"):
@@ -96,22 +107,22 @@ def _test(pointer: str, name: str, operand: Any) -> Callable[[Any], bool]:
         compare = ORDER[name]
 
         def ordered(value: Any) -> bool:
-            found, measure = _comparable(value)
+            found, measure = comparable(value)
             if (found, kind) in (("time", "text"), ("text", "time")):
                 return compare(str(value), str(operand))
             return found == kind and compare(measure, bound)
 
-        return ordered
+        return Test(name, operands, ordered)
     among = frozenset(wanted)
 
     def equal(value: Any) -> bool:
         values = value if isinstance(value, list) else [value]
-        return any(_comparable(each) in among for each in values)
+        return any(comparable(each) in among for each in values)
 
-    return equal if name != "ne" else lambda value: not equal(value)
+    return Test(name, operands, equal if name != "ne" else lambda value: not equal(value))
 
 
-def _comparable(value: Any) -> tuple[str, Hashable]:
+def comparable(value: Any) -> tuple[str, Hashable]:
     """Its kind, and what is compared within that kind; of an object or a list in a list nothing equals it."""
     if value is None:
         return "null", None

@@ -48,7 +48,7 @@ def read_picture(data: bytes) -> Image.Image:
         if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
             raise InvalidImage(f"the picture is coded in more than {MAX_SCANS} scans")
         picture.load()
-        return _rgb(ImageOps.exif_transpose(picture))
+        return _rgb(_turned(picture))
     except InvalidImage:
         raise
     except UnidentifiedImageError as error:
@@ -57,6 +57,13 @@ def read_picture(data: bytes) -> Image.Image:
         raise InvalidImage(f"the picture has more than {MAX_PIXELS:,} pixels") from error
     except UNREADABLE as error:
         raise InvalidImage(f"the picture cannot be read: {str(error)[:200]}") from error
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # EXIF that cannot be read: the picture can
+        return picture
 
 
 def data_of(url: str) -> bytes:

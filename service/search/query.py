@@ -1,4 +1,4 @@
-"""The path of a search: generation → text vector → first stage → exact rescoring → one page of hits."""
+"""The path of a search: generation → one vector of what is asked → first stage → exact rescoring → one page of hits."""
 
 from __future__ import annotations
 
@@ -6,54 +6,53 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import structlog
-from numpy.typing import NDArray
-
-from adapters_store import Lease, PinsExhausted
-from backbone import Tokens, rescore, threads
-from backbone.batcher import DeadlinePassed
+from adapters_store import Lease
+from backbone import rescore, threads
 from indexer.index import Candidate, IndexView
 from service.adapters.encoder import Encoder
 from service.errors import PolyclipError
+from service.search.allowed import Allowed, nearest
+from service.search.clock import Clock
 from service.search.filters import Filter
 from service.search.frame_vectors import FrameVectors
-from service.search.text_cache import TextCache, TextKey, TextVector, text_key
+from service.search.pins import Pins
+from service.search.question import Asked, GenerationUnusable, Question, Vector, combined, resolve
+from service.search.text_cache import TextCache, TextKey, TextVector
+from service.search.together import Together
 from service.search.views import Views
 from service.storage import collection_rows
-from service.storage.collection_rows import Collection
 from service.storage.generation_rows import Generation
-from service.storage.rows import NotFound
 from service.storage.storage import Storage
 from service.videos import video_rows
 from service.videos.video_rows import Video
 
 Result = TypeVar("Result")
-
-log = structlog.get_logger()
+SortBy = Literal["score", "created_at", "filename", "duration"]
 
 RESOLVERS = 40  # threads that read which collection, generation and adapter a search is of
-PINS_SECONDS = 60.0  # after which a search has it looked for pins of collections that are gone
+MOST_TEXTS = 256  # of queries that are answered together
 WIDENED = 3  # times that further videos are looked for, each time among four times as many segments of those not named yet
 
 
-class EmptyText(PolyclipError):
-    """The text has nothing but white space."""
+class TooManyTexts(PolyclipError):
+    """The queries that are to be answered together have more texts than are taken at once."""
 
-    code, status, hint = "empty_text", 422, "send a text with words"
+    code, status, hint = "too_many_texts", 422, "send fewer queries in one request"
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """`start` and `end` in seconds; `score` is a cosine; `segment` counts from 0 within the video."""
+    """`start` and `end` in seconds; `score` is a cosine, `rank` by it from 1; `segment` counts from 0 within the video."""
 
+    rank: int
     video: Video
     start: float
     end: float
@@ -63,28 +62,29 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best hits of a query, as many as were wanted and one more, and where they were looked for; `total`: all there are."""
+    """The first hits of a query, as many as were wanted and one more, and where they were looked for; `total`: all there are.
+
+    `lacking_videos`: ready ones without vectors in the generation, where that is not the active one.
+    """
 
     hits: Sequence[Hit]
     total: int
-    collection: Collection
+    collection: collection_rows.Collection
     generation: Generation
     total_videos: int
     pending_videos: int
+    lacking_videos: int
     truncated: bool
     timings_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
-    """What is asked, of which collection, and with which generation: adapter and vectors, read in one step."""
+class Query:
+    """What is asked of a collection by its name, and how it is to be answered: arguments of `Searcher.answer`."""
 
-    tenant: str
-    collection: Collection
-    generation: Generation
-    encoder: Encoder
-    key: TextKey
-    tokens: Tokens | None  # None where the text's vector is kept already
+    collection: str
+    asked: Asked
+    how: Mapping[str, Any]
 
 
 class Searcher:
@@ -97,179 +97,206 @@ class Searcher:
         self.frames = FrameVectors(storage.database, storage.settings.frame_cache_bytes)
         self._threads = ThreadPoolExecutor(os.cpu_count(), "search", threads.alone)  # more would only fight for the interpreter
         self._resolvers = ThreadPoolExecutor(RESOLVERS, "resolve", threads.alone)  # its own: uploads may hold all others
-        self._pinned: dict[str, str] = {}  # collection → digest that a pin was asked for
-        self._pins_checked = time.monotonic()
-        self._lock = threading.Lock()
+        self._pins = Pins(storage, encoder, self.views.beside)
 
     def close(self) -> None:
         for pool in (self._resolvers, self._threads):
             pool.shutdown(wait=False, cancel_futures=True)
         self.views.close()
 
-    def search(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
+    def search(self, tenant: str, collection_name: str, asked: str | Asked, **how: Any) -> Found:
         """At least the best `wanted` hits, if there are so many; arguments as of `_find`.
 
-        Raises NotFound, EmptyText, InvalidFilter, OtherBackbone, BatcherFull, DeadlinePassed, LeaseTimeout, TimeoutError.
+        Raises what `resolve` does, NothingLeft, BatcherFull, DeadlinePassed, LeaseTimeout, TimeoutError.
         """
-        return asyncio.run(self.answer(tenant, collection_name, text, **how))
+        return asyncio.run(self.answer(tenant, collection_name, asked, **how))
 
-    async def answer(self, tenant: str, collection_name: str, text: str, **how: Any) -> Found:
+    async def answer(self, tenant: str, collection_name: str, asked: str | Asked, **how: Any) -> Found:
         """`search` for an event loop: a caller that is cancelled leaves no row behind, and the database and the index are
         asked on other threads.
         """
-        clock = _Clock()
-        question = await self._on_thread(self._resolve, tenant, collection_name, text)
-        while isinstance(question, Future):  # its backbone is being loaded, which no thread waits for
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(question)), self._storage.settings.search_seconds)
-            question = await self._on_thread(self._resolve, tenant, collection_name, text)
+        clock = Clock()
+        query = Query(collection_name, Asked((asked,)) if isinstance(asked, str) else asked, how)
+        resolved = await self._on_thread(self._resolve, tenant, query)
+        return await self._answered(tenant, query, resolved, clock, Together() if len(query.asked.every_text) > 1 else None)
+
+    async def answer_all(self, tenant: str, queries: Sequence[Query]) -> list[Found | BaseException]:
+        """An answer to each query, or what it raised; their texts in one forward, their hits looked for one after the other.
+
+        Raises TooManyTexts.
+        """
+        if (count := sum(len(query.asked.every_text) for query in queries)) > MOST_TEXTS:
+            raise TooManyTexts(f"the queries have {count} texts: at most {MOST_TEXTS} are taken at once")
+
+        def resolve_each() -> list[Question | Future[Encoder] | Exception]:
+            found: list[Question | Future[Encoder] | Exception] = []
+            for query in queries:
+                try:
+                    found.append(self._resolve(tenant, query))
+                except Exception as error:
+                    found.append(error)
+            return found
+
+        clocks, together, turn = [Clock() for _ in queries], Together(), asyncio.Semaphore(1)
+        resolved = await self._on_thread(resolve_each)
+        answers = (self._answered(tenant, *each, together, turn) for each in zip(queries, resolved, clocks, strict=True))
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    async def _answered(
+        self,
+        tenant: str,
+        query: Query,
+        resolved: Question | Future[Encoder] | Exception,
+        clock: Clock,
+        together: Together | None = None,
+        turn: asyncio.Semaphore | None = None,
+    ) -> Found:
+        while isinstance(resolved, Future):  # its backbone is being loaded, which no thread waits for
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(resolved)), self._storage.settings.search_seconds)
+            resolved = await self._on_thread(self._resolve, tenant, query)
+        if isinstance(resolved, Exception):
+            raise resolved
         clock.lap("resolve")
-        encoded = await self.texts.get_or_run(question.key, partial(self._encode, question, clock))
+        encoded = await self._encode(resolved, clock, together)
         clock.lap("encode")
         given_up = threading.Event()
-        find = partial(self._find, question, encoded, clock, given_up=given_up, **how)
+        find = partial(self._find, resolved, encoded, clock, given_up=given_up, **query.how)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, find)
+            async with turn or nullcontext():
+                return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, find)
         finally:
             given_up.set()
 
     async def _on_thread(self, ask: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._resolvers, copy_context().run, ask, *arguments)
 
-    def _resolve(self, tenant: str, collection_name: str, text: str) -> _Question | Future[Encoder]:
+    def _resolve(self, tenant: str, query: Query) -> Question | Future[Encoder]:
         """The question, or what has to be there first."""
-        with self._storage.database.read() as connection:
-            collection, generation = collection_rows.active_generation(connection, tenant, collection_name)
-        key = text_key(tenant, generation.digest or generation.backbone, text)
-        if not key.text:
-            raise EmptyText("the text is empty")
-        loading = self._encoder.request_encoder(generation.backbone)
-        if not loading.done():
-            return loading
-        encoder = loading.result()
-        self._pin(encoder, collection, generation)
-        tokens = None if key in self.texts else encoder.backbone.tokenize([key.text])  # not on the event loop
-        return _Question(tenant, collection, generation, encoder, key, tokens)
+        question = resolve(self._storage, self._encoder, self.texts, tenant, query.collection, query.asked)
+        if isinstance(question, Question) and question.active:
+            self._pins.keep(question.encoder, question.collection, question.generation)
+        return question
 
-    async def _encode(self, question: _Question, clock: _Clock) -> TextVector:
-        """The text's vector, encoded with the collection's adapter in one batch with whatever waits."""
-        seconds, encoder = self._storage.settings.search_seconds, question.encoder
-        tokens = question.tokens
-        if tokens is None:
-            tokens = await self._on_thread(encoder.backbone.tokenize, [question.key.text])
-        request = encoder.request_lease(question.generation)
+    async def _encode(self, question: Question, clock: Clock, together: Together | None) -> TextVector:
+        """The one vector of what is asked; of texts that are not kept and of a picture, in one batch with whatever waits."""
+        waiting = [self.texts.get_or_run(k, partial(self._encode_text, question, k, clock, together)) for k in question.keys]
+        picture = None if question.pixels is None else asyncio.ensure_future(self._encode_picture(question))
         try:
-            lease: Lease | None = None
-            if request is not None:
-                lease = await asyncio.wait_for(asyncio.wrap_future(request), seconds)
+            texts = [await waiting[0]] if len(waiting) == 1 else await asyncio.gather(*waiting)
+            frames = question.frames if picture is None else await picture
+        finally:
+            if picture is not None:
+                picture.cancel()
+        vector = combined(question, [text.vector for text in texts], frames)
+        return TextVector(vector, any(text.truncated for text in texts))
+
+    async def _encode_text(self, question: Question, key: TextKey, clock: Clock, together: Together | None) -> TextVector:
+        encoder, tokens = question.encoder, question.tokens.get(key)
+        if tokens is None:
+            tokens = await self._on_thread(encoder.backbone.tokenize, [key.text])
+        async with self._leased(encoder, question.generation) as lease:
             clock.lap("adapter")
-            row, deadline = (tokens.ids[0], lease), time.monotonic() + seconds
-            ticket = encoder.texts.submit(row, group=question.tenant, deadline=deadline)
+            row, deadline = (tokens.ids[0], lease), time.monotonic() + self._storage.settings.search_seconds
+            if together is None:
+                ticket = encoder.texts.submit(row, group=question.tenant, deadline=deadline)
+            else:
+                ticket = await together.submit(encoder.texts, row, question.tenant, deadline)
             vector = await asyncio.wrap_future(ticket)
             clock.took("queue", ticket.queued_seconds)
             return TextVector(vector, tokens.truncated[0])
+
+    async def _encode_picture(self, question: Question) -> Vector:
+        """(1, D): the picture as a frame, with the adapter that made the vectors that are searched."""
+        assert question.pixels is not None
+        seconds = self._storage.settings.search_seconds
+        async with self._leased(question.encoder, question.maker) as lease:
+            row, deadline = (question.pixels, lease), time.monotonic() + seconds
+            return await question.encoder.frames.run(row, group=question.tenant, weight=len(question.pixels), deadline=deadline)
+
+    @asynccontextmanager
+    async def _leased(self, encoder: Encoder, generation: Generation) -> AsyncIterator[Lease | None]:
+        """The adapter of a generation, not waited for where it is resident; None for the frozen backbone."""
+        request = encoder.request_lease(generation)
+        if request is None:
+            yield None
+            return
+        try:
+            if not request.done():
+                await asyncio.wait_for(asyncio.wrap_future(request), self._storage.settings.search_seconds)
+            yield request.result()
         finally:
-            if request is not None:
-                _give_back(request)
+            if not request.cancel():  # releases it, or withdraws what is not granted yet
+                request.add_done_callback(lambda done: None if done.exception() else done.result().release())
 
     def _find(
         self,
-        question: _Question,
+        question: Question,
         encoded: TextVector,
-        clock: _Clock,
+        clock: Clock,
         *,
         group_by: Literal["video", "segment"] = "video",
         where: Filter | None = None,
         exact: bool = True,
         wanted: int = 10,
+        sort_by: SortBy = "score",
+        descending: bool = False,
         given_up: threading.Event,
     ) -> Found:
-        """The hits of an encoded text. With `exact`, candidates are rescored over their frames."""
+        """The hits of a vector. With `exact`, candidates are rescored over their frames. `sort_by` gives the hits that were
+        found another order, of `descending` or ascending values; by score the best is always first.
+        """
         tenant, collection, generation = question.tenant, question.collection, question.generation
         view = self.views.view(tenant, generation)
-        allowed = self._allowed(tenant, collection, where, given_up)
-        candidates = self._pool(view, encoded.vector, allowed, group_by)
+        lacking = 0 if question.active else self._lacking(question, view)
+        allowed = None
+        if where is not None:
+            seconds = self._storage.settings.search_seconds
+            allowed = Allowed(self._storage.database, tenant, collection.id, where, given_up, seconds)
+        candidates = self._pool(view, encoded.vector, allowed, group_by, question.left_out)
         clock.lap("search")
         if exact and candidates:
             candidates = self._rescore(tenant, generation, encoded.vector, candidates)
         clock.lap("rescore")
-        hits, total = self._hits(tenant, candidates, group_by, wanted + 1)
+        everything = sort_by != "score"
+        hits, total = self._hits(tenant, candidates, group_by, len(candidates) if everything else wanted + 1)
+        if everything:
+            hits = in_order(hits, sort_by, descending)[: wanted + 1]
         with self._storage.database.read() as connection:
             pending = video_rows.pending_videos(connection, tenant, collection.id)
         clock.lap("load")
-        return Found(hits, total, collection, generation, view.videos, pending, encoded.truncated, clock.timings())
+        told = (view.videos, pending, lacking, encoded.truncated, clock.timings())
+        return Found(hits, total, collection, generation, *told)
 
-    def _pin(self, encoder: Encoder, collection: Collection, generation: Generation) -> None:
-        """Keeps a collection's adapter on the device where its settings ask for it."""
-        wanted = generation.digest if collection.settings.get("pinned") else None
-        with self._lock:
-            if self._pinned and time.monotonic() - self._pins_checked > PINS_SECONDS:
-                self._pins_checked = time.monotonic()
-                self.views.beside(self.release_pins)
-            if self._pinned.get(collection.id) == wanted:
-                return
-            if wanted is None:
-                self._unpin(collection.id)
-                return
-            self._pinned[collection.id] = wanted  # where it is refused too: it is not asked for again with every search
-            try:
-                encoder.residency.pin(wanted, collection.id, collection.tenant_id)
-            except PinsExhausted as error:
-                log.warning("adapter_not_pinned", collection=collection.id, reason=str(error))
-
-    def release_pins(self) -> None:
-        """Ends the pins of collections that are gone, alone or with their tenant; what was refused may be asked for again."""
-        with self._lock:
-            pins = {c: owner for each in self._encoder.resident for c, owner in each.residency.pins().items()}
-            self._pinned = {collection: digest for collection, digest in self._pinned.items() if collection in pins}
-        for collection, tenant in pins.items():
-            try:
-                with self._storage.database.read() as connection:
-                    collection_rows.collection_name(connection, tenant, collection)
-            except NotFound:
-                with self._lock:
-                    self._unpin(collection)
-
-    def _unpin(self, collection: str) -> None:
-        for each in self._encoder.resident:
-            each.residency.unpin(collection)
-        self._pinned.pop(collection, None)
-
-    def _allowed(self, tenant: str, collection: Collection, where: Filter | None, given_up: threading.Event) -> set[str] | None:
-        """Ids of the videos that a filter lets through; None without a filter. Raises DeadlinePassed."""
-        if where is None:
-            return None
-        allowed: set[str] = set()
-        deadline = time.monotonic() + self._storage.settings.search_seconds
+    def _lacking(self, question: Question, view: IndexView) -> int:
+        """How many ready videos have no vectors in a generation that is not the active one. Raises GenerationUnusable."""
         with self._storage.database.read() as connection:
-            for video, values in video_rows.filterable(connection, tenant, collection.id, where.metadata):
-                if given_up.is_set() or time.monotonic() > deadline:
-                    raise DeadlinePassed("the filter took too long")
-                if where.matches(values):
-                    allowed.add(video)
-        return allowed
+            ready = video_rows.ready_videos(connection, question.tenant, question.collection.id)
+        if ready and not view.videos:
+            raise GenerationUnusable(f"generation {question.generation.id} holds no vectors")
+        return max(0, ready - view.videos)
 
-    def _pool(self, view: IndexView, query: NDArray[np.float32], allowed: set[str] | None, group_by: str) -> list[Candidate]:
+    def _pool(
+        self, view: IndexView, query: Vector, allowed: Allowed | None, group_by: str, left_out: Collection[str] = ()
+    ) -> list[Candidate]:
         """What is ranked, the same for every page of a query: the nearest `candidates` segments; for hits by video also the
         nearest segment of further videos, up to so many videos, so that one of many segments keeps no other out.
         """
         size = k = self._storage.settings.candidates
-        pool = view.search(query, k, allowed)
+        pool = nearest(view, query, k, allowed, left_out)
         named = {candidate.segment.video_id for candidate in pool}
         more = pool
         for _ in range(WIDENED if group_by == "video" else 0):
             if len(more) < k or len(named) >= size:
                 break
             k *= 4
-            more = view.search(query, k, allowed, without=named)
+            more = nearest(view, query, k, allowed, named.union(left_out))
             for candidate in more:
                 if candidate.segment.video_id not in named and len(named) < size:
                     named.add(candidate.segment.video_id)
                     pool.append(candidate)
         return sorted(pool, key=lambda candidate: -candidate.score)
 
-    def _rescore(
-        self, tenant: str, generation: Generation, query: NDArray[np.float32], candidates: Sequence[Candidate]
-    ) -> list[Candidate]:
+    def _rescore(self, tenant: str, generation: Generation, query: Vector, candidates: Sequence[Candidate]) -> list[Candidate]:
         frames = self.frames.get(tenant, generation.vector_set, [c.seq for c in candidates])
         held = [c for c in candidates if c.seq in frames]  # a video may have been deleted since
         scores = rescore(query, [frames[c.seq] for c in held])
@@ -292,32 +319,20 @@ class Searcher:
                 videos = video_rows.videos_by_id(connection, tenant, {c.segment.video_id for c in part})
             there = [(c.segment, c.score) for c in part if c.segment.video_id in videos]
             gone += len(part) - len(there)
-            hits += [Hit(videos[s.video_id], s.start, s.end, score, s.ordinal) for s, score in there]
+            hits += [
+                Hit(rank, videos[s.video_id], s.start, s.end, score, s.ordinal)
+                for rank, (s, score) in enumerate(there, start=len(hits) + 1)
+            ]
         return hits[:wanted], len(candidates) - gone
 
 
-def _give_back(request: Future[Lease]) -> None:
-    """Releases a lease, or withdraws what is not granted yet."""
-    if not request.cancel():
-        request.add_done_callback(lambda done: None if done.exception() else done.result().release())
+def in_order(hits: Sequence[Hit], sort_by: SortBy, descending: bool) -> list[Hit]:
+    """Hits by something else than their rank, which decides between equals; those that lack it come last."""
 
+    def value(hit: Hit) -> Any:
+        if sort_by == "duration":
+            return (hit.video.media or {}).get("duration")
+        return hit.rank if sort_by == "score" else getattr(hit.video, sort_by)
 
-class _Clock:
-    """Milliseconds of each stage; `took` moves a part of the stage that runs to a name of its own."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + 1000 * (now - self._last)
-        self._last = now
-
-    def took(self, name: str, seconds: float) -> None:
-        self._laps[name] = 1000 * seconds
-        self._last += seconds
-
-    def timings(self) -> dict[str, float]:
-        total = 1000 * (self._last - self._started)
-        return {name: round(value, 3) for name, value in {"queue": 0.0, **self._laps, "total": total}.items()}
+    told = sorted((hit for hit in hits if value(hit) is not None), key=value, reverse=descending)
+    return told + [hit for hit in hits if value(hit) is None]

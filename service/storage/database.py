@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy.exc import DontWrapMixin
 from service.errors import PolyclipError
 
 BUSY_SECONDS = 15  # that a statement waits for another's lock
+STEPS = 100_000  # of SQLite's machine, about a millisecond, after which a reader that may be ended is asked
 CONNECTIONS = 48
 KEPT_CONNECTIONS = 16  # stay open when nobody uses them
 WAIT_SECONDS = 10.0
@@ -55,6 +56,21 @@ class Database:
     def read(self) -> Iterator[Connection]:
         with self.engine.connect() as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def read_until(self, ended: Callable[[], bool], seconds: float) -> Iterator[Connection]:
+        """`read`, whose statements fail with a DBAPIError soon after `ended` (SQLite) or so many seconds (PostgreSQL)."""
+        with self.read() as connection:
+            if self.engine.dialect.name != "sqlite":
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, int(1000 * seconds))}")
+                yield connection
+                return
+            driver = connection.connection.driver_connection
+            driver.set_progress_handler(ended, STEPS)  # type: ignore[union-attr]
+            try:
+                yield connection
+            finally:
+                driver.set_progress_handler(None, 0)  # type: ignore[union-attr]
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -98,13 +98,6 @@ def frame_vectors(connection: Connection, tenant: str, vector_set: str, seqs: It
     return {seq: frames for seq, frames in among(connection, query, segments.c.seq, seqs)}
 
 
-def segments_of(connection: Connection, tenant: str, vector_set: str, video_id: str) -> list[tuple[float, float, bytes]]:
-    """(start, end, frame vectors) of a video's segments in a vector set, in order."""
-    mine = and_(_in_set(tenant, vector_set), segments.c.video_id == video_id, segments.c.ordinal >= 0)
-    query = select(segments.c.start, segments.c.end, segments.c.frames).where(mine).order_by(segments.c.ordinal)
-    return [(row.start, row.end, row.frames) for row in connection.execute(query)]
-
-
 def video_vectors(connection: Connection, tenant: str, vector_set: str, video_ids: Iterable[str]) -> dict[str, list[bytes]]:
     """The frame vectors of each video's segments in a vector set of the tenant's, in order."""
     found: dict[str, list[bytes]] = {}
@@ -117,3 +110,10 @@ def video_vectors(connection: Connection, tenant: str, vector_set: str, video_id
     for video_id, frames in among(connection, query, segments.c.video_id, video_ids):
         found.setdefault(video_id, []).append(frames)
     return found
+
+
+def segments_of(connection: Connection, tenant: str, vector_set: str, video_id: str) -> Sequence[Any]:
+    """Start, end, pooled and frames of a video's segments in a vector set of the tenant's, in order."""
+    mine = and_(_in_set(tenant, vector_set), segments.c.video_id == video_id, segments.c.ordinal >= 0)
+    columns = (segments.c.start, segments.c.end, segments.c.pooled, segments.c.frames)
+    return connection.execute(select(*columns).where(mine).order_by(segments.c.ordinal)).all()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func, insert, literal, select, update
 
 from service.jobs.task_rows import Task, add_task
 from service.storage.collection_rows import lock_collection
@@ -128,23 +128,49 @@ def videos_of(connection: Connection, tenant: str, collection: str, status: str)
     return [record(Video, row) for row in connection.execute(select(videos).where(mine).order_by(videos.c.id)).mappings()]
 
 
+def filtered(
+    connection: Connection,
+    tenant: str,
+    collection: str,
+    may: ColumnElement[bool],
+    sure: ColumnElement[bool] | None,
+    ids: Iterable[str] | None = None,
+) -> list[tuple[str, bool]]:
+    """(id, whether `sure` holds, by default true) of each ready video for which `may` holds; with `ids`, only of these."""
+    query = select(videos.c.id, literal(True) if sure is None else sure).where(*_ready(tenant, collection), may)
+    if ids is None:
+        return [(video_id, bool(surely)) for video_id, surely in connection.execute(query)]
+    return [(video_id, bool(surely)) for video_id, surely in among(connection, query, videos.c.id, ids)]
+
+
 def filterable(
-    connection: Connection, tenant: str, collection: str, names: Collection[str]
+    connection: Connection, tenant: str, collection: str, names: Collection[str], ids: Iterable[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(id, values) of each ready video as `filters.Filter.matches` takes them; of the metadata only `names` are read."""
+    """(id, values) of each of these videos that is ready as `filters.Filter.matches` takes them; of the metadata only `names`
+    are read.
+    """
     plain = [name for name in names if re.fullmatch(r"[ -~]+", name) and not set(name) & {'"', "\\"}]  # as SQLite's paths quote
     whole = len(plain) < len(names)
     parts = [videos.c.metadata] if whole else [videos.c.metadata[name] for name in plain]
     columns = (videos.c.id, videos.c.filename, videos.c.size, videos.c.created_at, videos.c.media)
-    mine = and_(
-        videos.c.tenant_id == tenant,
-        videos.c.collection_id == collection,
-        videos.c.status == "ready",
-        videos.c.deleted_at.is_(None),
-    )
-    for video_id, filename, size, created_at, media, *found in connection.execute(select(*columns, *parts).where(mine)):
+    query = select(*columns, *parts).where(*_ready(tenant, collection))
+    for video_id, filename, size, created_at, media, *found in among(connection, query, videos.c.id, ids):
         values = {**(media or {}), "filename": filename, "size": size, "created_at": created_at}
         yield video_id, {**values, "metadata": found[0] if whole else dict(zip(plain, found, strict=True))}
+
+
+def ready_videos(connection: Connection, tenant: str, collection: str) -> int:
+    return connection.scalar(select(func.count()).select_from(videos).where(*_ready(tenant, collection))) or 0
+
+
+def _ready(tenant: str, collection: str) -> tuple[ColumnElement[bool], ...]:
+    """Not by the index of statuses, in which nearly all are ready."""
+    return (
+        videos.c.tenant_id == tenant,
+        videos.c.collection_id == collection,
+        func.coalesce(videos.c.status, "") == "ready",
+        videos.c.deleted_at.is_(None),
+    )
 
 
 def twin(connection: Connection, tenant: str, collection: str, sha256: str) -> Video | None:

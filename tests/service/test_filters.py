@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from house import House
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import new_tenant
 from sqlalchemy import update
+from sqlalchemy.exc import DBAPIError
+from workshop import Workshop
 
 from backbone.batcher import DeadlinePassed
-from service.search import filters
+from service.search import filter_sql, filters
+from service.search.allowed import Allowed
 from service.search.filters import MOST_OPERANDS, InvalidFilter
-from service.search.query import Searcher
-from service.storage.tables import videos
+from service.storage.tables import new_id, videos
 from service.videos import video_rows
 
 ODD = 'a "quoted" \\ name'
@@ -97,7 +104,7 @@ def test_of_the_metadata_only_the_names_asked_for_are_read(tmp_path: Path) -> No
         with house.storage.database.read() as connection:
 
             def read(*names: str) -> dict[str, Any]:
-                [(found, values)] = video_rows.filterable(connection, house.tenant.id, collection.id, names)
+                [(found, values)] = video_rows.filterable(connection, house.tenant.id, collection.id, names, [video.id])
                 assert found == video.id and values["duration"] and values["filename"] == "clip-1.mp4"
                 return values["metadata"]  # type: ignore[no-any-return]
 
@@ -110,13 +117,99 @@ def test_of_the_metadata_only_the_names_asked_for_are_read(tmp_path: Path) -> No
 
 def test_a_filter_whose_caller_is_gone_or_whose_time_is_up_ends(tmp_path: Path) -> None:
     where = filters.parse({"metadata.number": 1})
-    with House(tmp_path / "data", search_seconds=1e-9) as house:
+    with House(tmp_path / "data") as house:
         collection, gone = house.add_collection("films"), threading.Event()
         house.add_video(collection, 1)
-        searcher = Searcher(house.storage, house.encoder)
+        mine = (house.storage.database, house.tenant.id, collection.id, where, gone)
         with pytest.raises(DeadlinePassed):
-            searcher._allowed(house.tenant.id, collection, where, gone)
+            Allowed(*mine, seconds=-1).all()
+        assert len(Allowed(*mine, seconds=60).all()) == 1
         gone.set()
         with pytest.raises(DeadlinePassed):
-            searcher._allowed(house.tenant.id, collection, where, gone)
-        searcher.close()
+            Allowed(*mine, seconds=60).all()
+
+
+def test_a_statement_that_takes_too_long_is_broken_off(client: Any) -> None:
+    database = client.app.state.services.storage.database
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    ends = time.monotonic() + 0.2
+    with pytest.raises(DBAPIError), database.read_until(lambda: time.monotonic() > ends, 0.2) as connection:
+        connection.exec_driver_sql(endless)
+    with database.read() as connection:  # the next one that has this connection is not
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+
+
+TIMES = [
+    "2026-03-01T12:00:00Z", "2026-03-01T12:00:00+02:00", "2026-03-01 10:00:00", "2026-03-01T23:59:59.999999-23:59",
+    "2026-02-28T10:00:00", "2026-13-01T10:00", "2026-03-01T10:00 about", "0001-01-01T00:00+14:00", "9999-12-31T23:59:59",
+]  # fmt: skip
+SCALARS: list[Any] = [
+    None, True, False, 0, 1, -1, 7, 1.0, 0.1, 0.3, 0.1 + 0.2, 7.5, -0.0, 5e-324, 2**53, 2**53 + 1, 2**63, 10**30, 1e300, -1e300,
+    "", "a", "A", "b", "é", "z", "😀", "1", "true", "null", "2026-03", "it's", 'a "q" \\', *TIMES,
+]  # fmt: skip
+NAMES = ["a", "b", "c.d", "c.d.e", "it's", "a b", "0", 'q"x', "Zoë", "tags"]
+
+
+def a_value(rng: random.Random) -> Any:
+    if rng.random() < 0.25:
+        return [a_value(rng) for _ in range(rng.randrange(4))]
+    return {"x": rng.choice(SCALARS)} if rng.random() < 0.05 else rng.choice(SCALARS)
+
+
+def some_metadata(rng: random.Random) -> dict[str, Any]:
+    found = {name: a_value(rng) for name in NAMES if "." not in name and rng.random() < 0.7}
+    return found | ({"c": {"d": rng.choice([a_value(rng), {"e": a_value(rng)}])}} if rng.random() < 0.6 else {})
+
+
+@pytest.fixture(scope="module")
+def shelf(client: Any) -> tuple[Any, str, str, dict[str, Any]]:
+    """A collection of videos with all kinds of metadata: database, tenant, collection, and what filters match by id."""
+    workshop, rng = Workshop(new_tenant(client)), random.Random(0)
+    collection = workshop.id(workshop.guest.collection())
+    values: dict[str, Any] = {}
+    with workshop.storage.database.write() as connection:
+        for i in range(150):
+            video, metadata, size = new_id("vid"), some_metadata(rng), rng.choice([1, 1000, 10**12])
+            media = {"duration": rng.choice([0.1 + 0.2, 5.0, 7.5]), "width": 320, "codec": rng.choice(["h264", "vp9"])}
+            name = f"{rng.choice('aAé')}{i}.mp4"
+            video_rows.add_video(connection, workshop.tenant, collection, video, name, str(i), size, metadata, [])
+            video_rows.set_video(connection, workshop.tenant, video, status="ready", media=media)
+            row = video_rows.video(connection, workshop.tenant, video)
+            values[video] = {**media, "filename": name, "size": size, "created_at": row.created_at, "metadata": metadata}
+    return workshop.storage.database, workshop.tenant, collection, values
+
+
+scalars = st.sampled_from(SCALARS)
+bounds = st.sampled_from([each for each in SCALARS if each is not None and not isinstance(each, bool)])
+conditions = st.one_of(
+    scalars,
+    st.dictionaries(st.sampled_from(["eq", "ne"]), scalars, min_size=1),
+    st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds, min_size=1),
+    st.fixed_dictionaries({"in": st.lists(scalars, max_size=5)}),
+    st.fixed_dictionaries({"exists": st.booleans()}),
+)
+fields = st.sampled_from([*filters.FIELDS, *(f"metadata.{name}" for name in NAMES), "metadata.absent", "metadata..x"])
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(where=st.dictionaries(fields, conditions, min_size=1, max_size=2))
+def test_the_database_lets_through_what_the_filter_does(shelf: Any, where: dict[str, Any]) -> None:
+    database, tenant, collection, values = shelf
+    parsed = filters.parse(where)
+    expected = {video for video, each in values.items() if parsed.matches(each)}
+    assert Allowed(database, tenant, collection, parsed, threading.Event(), 60).all() == expected
+    few = list(values)[::3]
+    assert Allowed(database, tenant, collection, parsed, threading.Event(), 60).among(few) == expected.intersection(few)
+    clauses = filter_sql.compiled(parsed, database.engine.dialect.name)
+    with database.read() as connection:
+        sure = video_rows.filtered(connection, tenant, collection, clauses.sure, None)
+        may = video_rows.filtered(connection, tenant, collection, clauses.may, None)
+    assert {video for video, _ in sure} <= expected <= {video for video, _ in may}
+
+
+def test_the_database_decides_plain_filters_alone() -> None:
+    plain = {
+        "metadata.camera": "north", "metadata.tags": {"in": ["a", 1, None]}, "metadata.n": {"ne": 3},
+        "metadata.x": {"exists": True}, "filename": {"gte": "b"}, "size": {"lt": 10},
+    }  # fmt: skip
+    assert all(filter_sql.compiled(filters.parse(plain), dialect).exact for dialect in ("sqlite", "postgresql"))

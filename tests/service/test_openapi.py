@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from service.app import create_app
-from service.http import answers, answers_alerts, answers_feedback
+from service.http import answers, answers_alerts, answers_feedback, batch
 from service.http.examples import EXAMPLES
 from service.settings import Settings
 
-MODELS = (answers, answers_alerts, answers_feedback)
+MODELS = (answers, answers_alerts, answers_feedback, batch)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_every_error_is_a_problem_document(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_is_an_answer_as_its_model_gives_it(document: dict[str, Any], name: str) -> None:
-    (model,) = [getattr(module, name) for module in MODELS if hasattr(module, name)]
+    model = next(getattr(module, name) for module in MODELS if hasattr(module, name))
     example = EXAMPLES[name]
     assert model.model_validate(example).model_dump(mode="json") == example
     assert document["components"]["schemas"][name]["examples"] == [example]
@@ -79,4 +79,4 @@ def test_what_may_be_set_is_what_is_answered() -> None:
 
 def test_the_routes_take_files_as_the_document_says(document: dict[str, Any]) -> None:
     forms = [o["operationId"] for o in _operations(document) if "multipart/form-data" in str(o.get("requestBody"))]
-    assert forms == ["upload_video", "import_adapter", "import_collection"]
+    assert forms == ["search_by_image", "upload_video", "import_adapter", "import_collection"]

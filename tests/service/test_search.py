@@ -22,7 +22,7 @@ from backbone import VOCABULARY_ROWS, Adapter, AdapterShape, AdapterStack, q_sco
 from backbone.batcher import BatcherFull, DeadlinePassed
 from service.adapters.publish import publish
 from service.cli.parts import Parts
-from service.search import query
+from service.search import pins, query
 from service.search.frame_vectors import FrameVectors
 from service.search.query import Searcher
 from service.settings import Settings
@@ -202,7 +202,7 @@ def test_pins_end_with_their_collection_and_with_their_tenant(
             delete.delete_tenant(connection, known.tenant)
         else:
             delete.delete_collection(connection, known.tenant, collection.id)
-    monkeypatch.setattr(query, "PINS_SECONDS", 0.0)
+    monkeypatch.setattr(pins, "PINS_SECONDS", 0.0)
     house.searcher.search(other.tenant, other.name, "a red ball")  # any search has it looked for
     wait_for("the pin's end", lambda: not house.encoder.residency.pins())
 
