@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from backbone import Backbone, mean_pool, to_pixels
+from backbone import Backbone, load_backbone, mean_pool, to_pixels
 from demo.drawing import Picture
-from demo.phrases import Facts, draw_phrase
+from demo.phrases import ANY, THINGS, Facts, draw_phrase
 from demo.worlds import WORLDS, Scene, scenes
 from training.dataset import ArrayClips
 from training.evaluation import encode_clips, encode_texts
@@ -56,7 +56,13 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=24_000, help="training scenes, drawn once, two frames each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--measure", type=Path, metavar="WEIGHTS", help="train nothing: what these weights find by parts of scenes"
+    )
     options = parser.parse_args()
+    if options.measure is not None:
+        sys.stdout.write("\n".join(by_parts(load_backbone(pretrained=str(options.measure)))) + "\n")
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (options.out / "builtin.log").open("w") as log:
@@ -67,7 +73,9 @@ def main() -> None:
             log.flush()
             sys.stdout.write(stamped)
 
-        arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name != "out")
+        arguments = " ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items() if name not in ("out", "measure")
+        )
         tell(f"python -m demo.builtin {arguments}")
         tell(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads")
         torch.manual_seed(options.seed)
@@ -179,6 +187,31 @@ def held_out(backbone: Backbone, world: str) -> list[str]:
         found = scores([phrase.text for phrase in phrases])
         found[Facts.of(held).fit(phrases) & ~np.eye(len(held), dtype=bool)] = -np.inf
         lines.append(f"held-out {world}, phrases of two things: {json.dumps(recall(found, range(len(held))).to_json())}")
+    return lines
+
+
+def by_parts(backbone: Backbone) -> list[str]:
+    """R@1 and R@5 of phrases of one to four things among a hundred held-out scenes each, the others that have them left out; of
+    two things also by what they are.
+    """
+    held, lines = scenes("daylight", HELD_OUT, HELD_OUT_SEED), []
+    facts, rng, gallery = Facts.of(held), np.random.default_rng(1), 100
+    videos = encode_clips(backbone, None, ArrayClips(draw(held, frames=4)), range(len(held)))
+    names = np.array([*THINGS, "ground"])
+    for count in range(1, 5):
+        phrases = [draw_phrase(scene, rng, facts=count) for scene in held]
+        scores = mean_pool(encode_texts(backbone, None, [phrase.text for phrase in phrases]), videos).numpy()
+        others = ~facts.fit(phrases) & (np.arange(len(held))[:, None] // gallery == np.arange(len(held)) // gallery)
+        better = ((scores > scores.diagonal()[:, None]) & others).sum(axis=1)
+        lines.append(f"{count} things: R@1 {100 * (better < 1).mean():.1f}, R@5 {100 * (better < 5).mean():.1f}")
+        if count == 2:
+            told = [np.append(phrase.groups[0] != ANY, phrase.ground != ANY) for phrase in phrases]
+            kinds = np.array(["+".join(names[of]) for of in told])
+            for kind in sorted(set(kinds)):
+                lines.append(f"  {kind}: R@5 {100 * (better[kinds == kind] < 5).mean():.0f} of {(kinds == kind).sum()}")
+            shape = np.array(["shape" in kind for kind in kinds])
+            for what, which in (("a shape", shape), ("no shape", ~shape)):
+                lines.append(f"  with {what}: R@5 {100 * (better[which] < 5).mean():.1f} of {which.sum()}")
     return lines
 
 
