@@ -19,7 +19,7 @@ from service.adapters import adapter_rows, backbones
 from service.adapters.backbones import BackboneChoice
 from service.adapters.encoder import Encoder
 from service.jobs.task_rows import Task
-from service.storage import collection_rows, generation_rows, segment_rows
+from service.storage import collection_rows, facts, generation_rows, segment_rows
 from service.storage.blobs import BlobMissing
 from service.storage.generation_rows import Generation
 from service.storage.rows import NotFound
@@ -193,15 +193,15 @@ def _round(
         if adapter_id is not None:
             manifest = adapter_rows.adapter(connection, tenant, collection_id, adapter_id).manifest
             scope, backbone = manifest["scope"], manifest["backbone"]
-        if backbone is None:
-            backbone = generation_rows.generation(connection, tenant, collection.active_generation_id).backbone
+        there = generation_rows.generations_of(connection, tenant, collection_id)
+        if backbone is None:  # the one in use, or where there is none (`polyclip fsck` mends that), the data folder's own
+            in_use = (g.backbone for g in there if g.id == collection.active_generation_id)
+            backbone = next(in_use, None) or str(facts.fact(connection, "backbone")["fingerprint"])
         backbones.check_usable(connection, backbone)
         later = generation_rows.later_activation(connection, tenant, collection_id, asked) if asked is not None else None
         if later is not None and later[1:] != (adapter_id, None if choice is None else choice.to_json()):
             raise Superseded(f"another activation was asked for later, by {later[0]}")
-        known = {
-            g.adapter_id: g for g in generation_rows.generations_of(connection, tenant, collection_id) if g.backbone == backbone
-        }
+        known = {g.adapter_id: g for g in there if g.backbone == backbone}
 
         def standing(adapter: str | None, vectors: str | None = None) -> Generation:
             if adapter in known:

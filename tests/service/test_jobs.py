@@ -124,7 +124,7 @@ def test_what_may_pass_is_tried_again_later(workshop: Workshop, does: Any, error
         (TooFewCaptions("2"), "too_few_captions"),
         (BlobMissing("videos/x"), "file_missing"),
         (DamagedFrames("no zip"), "frames_damaged"),
-        (BackboneNotFound("no such file"), "worker_failed"),
+        (BackboneNotFound("no such file"), "backbone_not_found"),
         (FileNotFoundError(2, "no such file"), "worker_failed"),
         (obstore.exceptions.PermissionDeniedError("denied"), "worker_failed"),
         (TrainingFailed("training_out_of_memory", "killed"), "training_out_of_memory"),
