@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from service.errors import PolyclipError
 from service.http import problems
-from service.http.answers import Problem, SearchAnswer
+from service.http.answers import Problem
+from service.http.answers_search import SearchAnswer
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
 from service.http.queries import query_of
 from service.http.schemas import BatchRequest, SearchOptions, SearchRequest, VideoSearchRequest

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from service.http.answers import EmbeddingOut, EmbeddingsOut, ModelsOut, TokenUsage, Warning
+from service.http.answers_search import EmbeddingOut, EmbeddingsOut, ModelsOut, TokenUsage, Warning
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, larger_bodies
 from service.http.schemas import EmbeddingsRequest
 from service.http.search import while_connected

@@ -12,15 +12,8 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
 from service.http import document, paging, uploads
-from service.http.answers import (
-    BackboneName,
-    HitIdOut,
-    HitOut,
-    PageInfo,
-    SearchAnswer,
-    SearchPool,
-    Warning,
-)
+from service.http.answers import BackboneName, PageInfo
+from service.http.answers_search import HitIdOut, HitOut, SearchAnswer, SearchPool, Warning
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
 from service.http.queries import IMAGE_FIELDS, image_request, offset_of, query_of
 from service.http.schemas import ImageSearchRequest, SearchOptions, SearchRequest, VideoSearchRequest

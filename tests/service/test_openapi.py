@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from service.app import create_app
-from service.http import answers, answers_alerts, answers_feedback, batch
+from service.http import answers, answers_alerts, answers_feedback, answers_search, batch
 from service.http.examples import EXAMPLES
 from service.settings import Settings
 
-MODELS = (answers, answers_alerts, answers_feedback, batch)
+MODELS = (answers, answers_alerts, answers_feedback, answers_search, batch)
 
 
 @pytest.fixture(scope="module")
