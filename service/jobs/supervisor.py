@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -92,4 +93,5 @@ def without_root_key(variables: Mapping[str, str]) -> dict[str, str]:
 def environment(settings: Settings) -> dict[str, str]:
     """The settings as environment variables, for a child process that shall have the same ones, but for the root key."""
     values = settings.model_dump(mode="json", exclude_none=True, exclude={"root_key"})
-    return {f"POLYCLIP_{name.upper()}": str(value) for name, value in values.items()}
+    as_text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {f"POLYCLIP_{name.upper()}": value for name, value in as_text.items()}

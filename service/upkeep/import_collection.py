@@ -94,6 +94,7 @@ def import_archive(
     """
     collection = collection or new_id("col")
     ids: defaultdict[str, str] = defaultdict(lambda: new_id("vid"))  # the new ones, by the archive's
+    _ = encoder.backbone  # the data folder has one from now on
     with Archive(path) as archive:
         with storage.database.read() as connection:
             own = _backbone_for(connection, archive.manifest())

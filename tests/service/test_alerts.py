@@ -307,7 +307,7 @@ def test_a_webhook_that_never_answers_fails_in_the_end_and_holds_up_nothing(
     finally:
         ended.set()
     newer, older = events(workshop, collection, made)
-    assert (older["delivery"], older["error"]["code"]) == ("failed", "worker_failed") and "302" in older["error"]["detail"]
+    assert (older["delivery"], older["error"]["code"]) == ("failed", "webhook_failed") and "302" in older["error"]["detail"]
     assert newer["delivery"] == "pending" and attempt(workshop, second, 2) == 0
     assert events(workshop, collection, made)[0]["delivery"] == "delivered"
 

@@ -311,7 +311,7 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(guest: Tenant) -> None
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"{}", "application/json"),
+        (b"{}", "application/x-json"),
         (b"hello", "text/plain"),
         (b"hello", "multipart/form-data"),
         (b"hello", "multipart/form-data; boundary=x"),

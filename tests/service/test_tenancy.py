@@ -72,6 +72,8 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("PATCH", "/collections/{collection}", {"settings": {}}),
     ("DELETE", "/collections/{collection}", None),
     ("POST", "/search", {"collection": "{collection}", "text": "a ball"}),
+    ("POST", "/search/video", {"collection": "{collection}", "video_id": "{video}"}),
+    ("POST", "/search/video", {"collection": "mine", "video_id": "{video}"}),
     ("GET", "/collections/{collection}/videos", None),
     ("POST", "/collections/{collection}/videos", {"url": "https://example.org/a.mp4"}),
     ("POST", "/collections/{collection}/videos/manifest", {"url": "https://example.org/a.mp4"}),

@@ -368,7 +368,8 @@ def test_a_row_learns_in_the_measure_in_which_its_word_is_unknown(backbone: Back
         return plan(backbone, recipe.shape(backbone.dims), ArrayClips(np.asarray(frames)), pairs, recipe)
 
     known, unknown = of("daylight"), of("nightwatch")
-    assert max(known.rates) < 0.5 < min(unknown.rates) and max(unknown.rates) == 1.0
+    assert max(known.rates) < 0.2 < min(unknown.rates)
+    assert np.mean(unknown.rates) > 0.9 and max(unknown.rates) == 1.0
 
 
 def test_so_many_rows_as_asked_for_and_none_of_a_token_that_is_in_one_pair_alone(backbone: Backbone) -> None:
