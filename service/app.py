@@ -59,12 +59,16 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
         await to_thread.run_sync(own.load_those_in_use)
         searcher, guesses = Searcher(storage, own), Guesses(settings.wrong_keys)
         app.state.services = Services(storage, own, searcher, jobs, secret, guesses)
-        app.state.metrics.registry.register(Inside(own, searcher))
+        app.state.metrics.registry.register(inside := Inside(own, searcher))
         yield
         jobs.close()
         searcher.close()
         own.close()
         storage.close()
+        app.state.metrics.registry.unregister(
+            inside
+        )  # routers keep an application for good: the backbones need not stay with it
+        del app.state.services
 
     app = FastAPIOffline(
         title="polyclip",

@@ -15,7 +15,9 @@ class _Waiting(NamedTuple):
 
 
 class Together:
-    """What coroutines of one event loop submit in the same turn of it goes to the batcher together; all are one tenant's."""
+    """What coroutines of one event loop submit in the same turn of it, or those that they start then in the next, goes to the
+    batcher together; all are one tenant's.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[Batcher[Any, Any], list[_Waiting]] = {}
@@ -25,7 +27,7 @@ class Together:
         loop = asyncio.get_running_loop()
         waiting = self._waiting.setdefault(batcher, [])
         if not waiting:
-            loop.call_soon(self._hand_in, batcher, waiting, group, deadline)
+            loop.call_soon(loop.call_soon, self._hand_in, batcher, waiting, group, deadline)  # the next turn but one
         mine = _Waiting(row, loop.create_future())
         waiting.append(mine)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import JSON, ColumnElement, Connection, and_, bindparam, delete, func, insert, literal, select, update
 
 from service.jobs.task_rows import Task, add_task
 from service.storage.collection_rows import lock_collection
@@ -150,13 +150,19 @@ def filterable(
     are read.
     """
     plain = [name for name in names if re.fullmatch(r"[ -~]+", name) and not set(name) & {'"', "\\"}]  # as SQLite's paths quote
-    whole = len(plain) < len(names)
-    parts = [videos.c.metadata] if whole else [videos.c.metadata[name] for name in plain]
+    whole, as_list = len(plain) < len(names), connection.dialect.name == "sqlite" and bool(plain)
+    parts: list[ColumnElement[Any]] = [videos.c.metadata[name] for name in plain]
+    if whole:
+        parts = [videos.c.metadata]
+    elif as_list:  # several paths in one call: a single one would round numbers to 15 digits
+        paths = [f'$."{name}"' for name in plain]
+        parts = [func.json_extract(videos.c.metadata, *paths, paths[0], type_=JSON)]
     columns = (videos.c.id, videos.c.filename, videos.c.size, videos.c.created_at, videos.c.media)
     query = select(*columns, *parts).where(*_ready(tenant, collection))
     for video_id, filename, size, created_at, media, *found in among(connection, query, videos.c.id, ids):
         values = {**(media or {}), "filename": filename, "size": size, "created_at": created_at}
-        yield video_id, {**values, "metadata": found[0] if whole else dict(zip(plain, found, strict=True))}
+        metadata = found[0] if whole else dict(zip(plain, found[0] if as_list else found, strict=False))
+        yield video_id, {**values, "metadata": metadata}
 
 
 def ready_videos(connection: Connection, tenant: str, collection: str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import Tenant, clip, new_tenant
 
 from backbone import AdapterShape
@@ -72,6 +74,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("PATCH", "/collections/{collection}", {"settings": {}}),
     ("DELETE", "/collections/{collection}", None),
     ("POST", "/search", {"collection": "{collection}", "text": "a ball"}),
+    ("POST", "/search", {"collection": "mine", "text": "a ball", "adapter": "{adapter}"}),
     ("POST", "/search/video", {"collection": "{collection}", "video_id": "{video}"}),
     ("POST", "/search/video", {"collection": "mine", "video_id": "{video}"}),
     ("GET", "/collections/{collection}/videos", None),
@@ -144,6 +147,7 @@ def test_every_route_that_names_an_object_is_tried(client: Any) -> None:
         ("POST", "/collections/{name}/videos"),  # multipart, below
         ("POST", "/admin/collections/{name}/adapters/import"),  # multipart, below
         ("POST", "/search/image"),  # multipart, below
+        ("POST", "/search/batch"),  # tells it in the place of a query, below
         ("DELETE", "/admin/tenants/{name}"),  # the operator's alone: 403 for every tenant, whoever is named
     }
     tried = {(method, _shape(path.split("?")[0])) for method, path, _ in ROUTES}
@@ -165,6 +169,15 @@ def test_uploads_into_another_tenants_collection_are_a_404(estate: Estate, stran
     data = adapter_file(stranger.client)
     path = f"/admin/collections/{estate.collection}/adapters/import"
     assert stranger.call("POST", path, files={"file": ("a.safetensors", data)}).status_code == 404
+
+
+def test_pictures_and_batches_find_nothing_of_another_tenant(estate: Estate, stranger: Tenant) -> None:
+    Image.new("RGB", (8, 8)).save(picture := BytesIO(), "PNG")
+    parts = {"image": ("p.png", picture.getvalue()), "collection": (None, estate.collection)}
+    assert stranger.call("POST", "/search/image", files=parts).status_code == 404
+    queries = [{"collection": estate.collection, "text": "a ball"}, {"collection": "mine", "video_id": estate.video}]
+    told = stranger.post("/search/batch", {"queries": queries}).json()["data"]
+    assert [each["problem"]["code"] for each in told] == ["collection_not_found", "video_not_found"]
 
 
 def test_lists_show_nothing_of_another_tenant(estate: Estate, stranger: Tenant) -> None:
