@@ -65,9 +65,7 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
         searcher.close()
         own.close()
         storage.close()
-        app.state.metrics.registry.unregister(
-            inside
-        )  # routers keep an application for good: the backbones need not stay with it
+        app.state.metrics.registry.unregister(inside)  # FastAPI's routers keep an application for good, not its backbones
         del app.state.services
 
     app = FastAPIOffline(
