@@ -128,7 +128,7 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
         rows_shown = {"adapter with rows": WORDS} if world == "archive" else VOCABULARY
         shown = {**METHODS, **rows_shown, **(lower if pairs == 50 else {})}
         lines = [found for label, recipe in shown.items() if (found := line(label, of(world, recipe, pairs), full))]
-        if rows := of(world, BOTH, pairs):
+        if rows := next(filter(None, (of(world, recipe, pairs) for recipe in shown.values())), None):
             zero = ["zero-shot", "0", str(score(hit_table(rows[:1], "zero_hits"))), *[""] * 8]
             parts.append(f"### {world}, {pairs} pairs\n\n{table(head, [zero, *lines])}")
     gate = []
@@ -148,7 +148,8 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
     sizes |= {f"r 8, d_s 16, last {k} of 4 layers": {**BOTH, "layers": k} for k in (1, 2)}
     full = of("archive", FULL)
     lines = [found for label, recipe in sizes.items() if (found := line(label, of("archive", recipe), full))]
-    parts.append(f"### archive, 200 pairs: sizes\n\n{table(head, lines)}")
+    if lines:
+        parts.append(f"### archive, 200 pairs: sizes\n\n{table(head, lines)}")
     rates = []
     for method, values in SWEEP.items():
         for rate in values:
@@ -158,7 +159,8 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
         for row in of("archive", {**PAPER, "learning_rate": rate}, 800)[:1]:
             rates.append(["the preset `paper`, 800 pairs, 5 epochs", f"{rate:g}", *outcome(row)])
     swept = table(("", "rate", "R@1", "last loss", "best step"), rates)
-    parts.append(f"### archive: learning rates, seed 0 (200 pairs unless said otherwise)\n\n{swept}")
+    if rates:
+        parts.append(f"### archive: learning rates, seed 0 (200 pairs unless said otherwise)\n\n{swept}")
     plots: dict[str, Callable[[], str]] = {
         "pairs": lambda: line_plot(
             {
@@ -198,7 +200,7 @@ def write_page(done: dict[str, dict[str, Any]]) -> None:
             "time of a step, full fine-tuning = 1", "R@1", "archive, 200 pairs: R@1 by cost",
         ),
     }  # fmt: skip
-    for name, draw in plots.items():
+    for name, draw in plots.items() if of("archive", BOTH) else ():
         (FOLDER / f"{name}.svg").write_text(draw())
         parts.append(f"![R@1 by {name}](results/{name}.svg)")
     missing = sum(cell.name not in done for cell in cells())
