@@ -79,7 +79,7 @@ class BackboneChoice:
     @property
     def caution(self) -> str | None:
         """What its searches are worth where it has not learned from real pictures, and which one has."""
-        real = "for real videos take a new data folder and `--backbone ViT-B-32 --pretrained openai`"
+        real = "for real videos change to another one, or take a new data folder and `--backbone ViT-B-32 --pretrained openai`"
         if self.pretrained == RANDOM:
             return f"this backbone has random weights, for tests and benchmarks: what it finds means nothing; {real}"
         if self.name == BUILTIN and self.pretrained is None:
@@ -114,7 +114,7 @@ def known(connection: Connection, fingerprint: str) -> BackboneChoice | None:
     return None if told is None else BackboneChoice.of(told)
 
 
-def told(connection: Connection, fingerprint: str) -> dict[str, Any]:
+def described(connection: Connection, fingerprint: str) -> dict[str, Any]:
     """Name, weights and fingerprint of a backbone that a generation was made with."""
     choice = known(connection, fingerprint)
     return {**(choice or BackboneChoice("unknown", None)).shown(), "fingerprint": fingerprint}
@@ -127,27 +127,27 @@ def known_backbones(connection: Connection) -> list[dict[str, Any]]:
     return [own, *(told for told in others if told["fingerprint"] != own["fingerprint"])]
 
 
-def usable(connection: Connection, fingerprint: str) -> bool:
-    """Whether a collection may use this backbone: the folder's own, or the one beside it, or one where there is none yet."""
+def fingerprint_of(connection: Connection, choice: BackboneChoice) -> str | None:
+    """What this backbone's fingerprint was when it was last loaded here; None if it never was."""
+    theirs = (told for told in known_backbones(connection) if BackboneChoice.of(told) == choice)
+    return next((str(told["fingerprint"]) for told in theirs), None)
+
+
+def usable(connection: Connection, fingerprint: str | None) -> bool:
+    """Whether a collection may use this backbone (None: one that is new here): the folder's own, the one beside it, or any
+    where there is none beside it.
+    """
     own = facts.fact(connection, "backbone")["fingerprint"]
-    return not generation_rows.backbones_in_use(connection) - {own, fingerprint} or fingerprint == own
+    return fingerprint == own or generation_rows.backbones_in_use(connection) <= {own, fingerprint}
 
 
-def check_usable(connection: Connection, fingerprint: str) -> None:
+def check_usable(connection: Connection, fingerprint: str | None) -> None:
     """Raises TooManyBackbones."""
     if not usable(connection, fingerprint):
         own = facts.fact(connection, "backbone")["fingerprint"]
-        others = (known(connection, each) for each in generation_rows.backbones_in_use(connection) - {own, fingerprint})
-        names = ", ".join(sorted(other.name for other in others if other is not None))
-        raise TooManyBackbones(f"collections here use {names or 'another backbone'} beside the data folder's own backbone")
-
-
-def check_room_beside(connection: Connection, choice: BackboneChoice) -> None:
-    """`check_usable` for a backbone by its name. Raises TooManyBackbones."""
-    own = facts.fact(connection, "backbone")
-    others = {known(connection, each) for each in generation_rows.backbones_in_use(connection) - {own["fingerprint"]}}
-    if choice != BackboneChoice.of(own) and others - {choice}:
-        raise TooManyBackbones("collections here use another backbone beside the data folder's own already")
+        others = (described(connection, each) for each in generation_rows.backbones_in_use(connection) - {own})
+        names = ", ".join(sorted(other["name"] for other in others))
+        raise TooManyBackbones(f"collections here use {names} beside the data folder's own backbone")
 
 
 def asked_for(connection: Connection, settings: Settings, name: str, pretrained: str | None) -> BackboneChoice:

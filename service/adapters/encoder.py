@@ -207,16 +207,19 @@ class Encoder:
 
     @asynccontextmanager
     async def leased(self, generation: Generation | None, seconds: float) -> AsyncIterator[Lease | None]:
-        """`lease` for an event loop; None too where there is no generation. Raises TimeoutError after so many seconds."""
+        """`lease` for an event loop, not waited for where the adapter is resident; None too where there is no generation.
+        Raises TimeoutError after so many seconds.
+        """
         future = None if generation is None else self.request_lease(generation)
         if future is None:
             yield None
             return
         try:
-            lease: Lease = await asyncio.wait_for(asyncio.wrap_future(future), seconds)
-            yield lease
+            if not future.done():
+                await asyncio.wait_for(asyncio.wrap_future(future), seconds)
+            yield future.result()
         finally:
-            if not future.cancel():
+            if not future.cancel():  # releases it, or withdraws what is not granted yet
                 future.add_done_callback(lambda done: None if done.exception() else done.result().release())
 
     def prefetch(self, generation: Generation) -> None:

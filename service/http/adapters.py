@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -12,7 +14,8 @@ from sqlalchemy import Connection
 import adapters_store
 from service.adapters import adapter_rows
 from service.adapters.adapter_rows import AdapterVersion
-from service.adapters.backbones import asked_for, check_room_beside, check_usable
+from service.adapters.backbones import asked_for, check_usable, fingerprint_of
+from service.adapters.encoder import Encoder
 from service.adapters.publish import publish
 from service.adapters.train import check_captions, check_recipe
 from service.http import document, paging, uploads
@@ -92,24 +95,24 @@ def activate(
 
     An adapter brings the backbone that it was trained on. All videos are embedded by another backbone first.
     """
-    choice = None
-    if body.backbone is not None:
-        with services.storage.database.read() as connection:
-            choice = asked_for(connection, services.storage.settings, body.backbone.name, body.backbone.pretrained)
+    load: Callable[[], Future[Encoder]] | None = None  # in this process too, while the worker embeds
 
     def add(connection: Connection, collection: Collection) -> Task:
+        nonlocal load
         request: dict[str, Any] = {"adapter_id": body.adapter_id}
-        if choice is not None:
-            request["backbone"] = choice.to_json()
-            check_room_beside(connection, choice)
+        if body.backbone is not None:
+            choice = asked_for(connection, services.storage.settings, body.backbone.name, body.backbone.pretrained)
+            check_usable(connection, fingerprint_of(connection, choice))
+            request["backbone"], load = choice.to_json(), partial(services.encoder.load, choice)
         if body.adapter_id is not None:
             manifest = adapter_rows.adapter(connection, tenant.id, collection.id, body.adapter_id).manifest
             check_usable(connection, manifest["backbone"])
+            load = partial(services.encoder.request_encoder, manifest["backbone"])
         return task_rows.add_task(connection, tenant.id, collection.id, "activate", request)
 
-    answer = _queue(services, tenant, name, key, ["activate", body.model_dump(exclude_none=choice is None)], add)
-    if choice is not None:  # while the worker embeds; what goes wrong, the task will tell
-        services.encoder.load(choice).add_done_callback(lambda done: done.exception())
+    answer = _queue(services, tenant, name, key, ["activate", body.model_dump()], add)
+    if load is not None:
+        load().add_done_callback(lambda done: done.exception())  # the task will tell
     return answer
 
 

@@ -108,7 +108,7 @@ def show(connection: Connection, tenant: Tenant, collection: Collection) -> dict
         "captioned_videos": video_rows.captioned_videos(connection, tenant.id, collection.id),
         "active_adapter": generation.adapter_id,
         "active_generation": generation.id,
-        "backbone": backbones.told(connection, generation.backbone),
+        "backbone": backbones.described(connection, generation.backbone),
         "created_at": collection.created_at,
     }
 

@@ -61,7 +61,7 @@ async def search_by_image(request: Request, tenant: CanSearch, services: InServi
     limit = services.storage.settings.image_bytes
     data, parts = await uploads.receive_form(request, "image", limit, ("query", *IMAGE_FIELDS))
     body = image_request(parts)
-    picture = await to_thread.run_sync(read_picture, data, limiter=services.receiving)
+    picture = await to_thread.run_sync(read_picture, data, limiter=services.reading)
     return await _answered(services, request, tenant, body, query_of(body, picture))
 
 
@@ -95,11 +95,10 @@ def answer(services: Services, request: Request, found: Found, body: SearchOptio
     url = media_urls(services, request)
     more = len(found.hits) > offset + limit <= paging.MAX_OFFSET
     warnings = []
-    encoder = services.encoder.of(found.generation.backbone)
-    if (caution := encoder.choice.caution) is not None:
+    if (caution := found.encoder.choice.caution) is not None:
         warnings.append(Warning(code="backbone_knows_no_real_pictures", detail=caution))
     if found.truncated:
-        length = encoder.backbone.context_length
+        length = found.encoder.backbone.context_length
         detail = f"the text is longer than the {length} tokens that the backbone reads: its end was cut off"
         warnings.append(Warning(code="text_truncated", detail=detail))
     if found.lacking_videos:
@@ -125,7 +124,7 @@ def answer(services: Services, request: Request, found: Found, body: SearchOptio
             collection=found.collection.name,
             generation=found.generation.id,
             adapter=found.generation.adapter_id,
-            backbone=BackboneName(**encoder.choice.shown(), fingerprint=found.generation.backbone),
+            backbone=BackboneName(**found.encoder.choice.shown(), fingerprint=found.generation.backbone),
             total_videos=found.total_videos,
             pending_videos=found.pending_videos,
         ),

@@ -6,15 +6,14 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from adapters_store import Lease
 from backbone import rescore, threads
 from indexer.index import Candidate, IndexView
 from service.adapters.encoder import Encoder
@@ -38,7 +37,7 @@ Result = TypeVar("Result")
 SortBy = Literal["score", "created_at", "filename", "duration"]
 
 RESOLVERS = 40  # threads that read which collection, generation and adapter a search is of
-MOST_TEXTS = 256  # of queries that are answered together
+MOST_TOGETHER = 256  # of queries that are answered together
 WIDENED = 3  # times that further videos are looked for, each time among four times as many segments of those not named yet
 
 
@@ -71,6 +70,7 @@ class Found:
     total: int
     collection: collection_rows.Collection
     generation: Generation
+    encoder: Encoder
     total_videos: int
     pending_videos: int
     lacking_videos: int
@@ -125,8 +125,8 @@ class Searcher:
 
         Raises TooManyTexts.
         """
-        if (count := sum(len(query.asked.every_text) for query in queries)) > MOST_TEXTS:
-            raise TooManyTexts(f"the queries have {count} texts: at most {MOST_TEXTS} are taken at once")
+        if (count := sum(len(query.asked.every_text) for query in queries)) > MOST_TOGETHER:
+            raise TooManyTexts(f"the queries have {count} texts: at most {MOST_TOGETHER} are taken at once")
 
         def resolve_each() -> list[Question | Future[Encoder] | Exception]:
             found: list[Question | Future[Encoder] | Exception] = []
@@ -191,12 +191,12 @@ class Searcher:
         return TextVector(vector, any(text.truncated for text in texts))
 
     async def _encode_text(self, question: Question, key: TextKey, clock: Clock, together: Together | None) -> TextVector:
-        encoder, tokens = question.encoder, question.tokens.get(key)
+        encoder, tokens, seconds = question.encoder, question.tokens.get(key), self._storage.settings.search_seconds
         if tokens is None:
             tokens = await self._on_thread(encoder.backbone.tokenize, [key.text])
-        async with self._leased(encoder, question.generation) as lease:
+        async with encoder.leased(question.generation, seconds) as lease:
             clock.lap("adapter")
-            row, deadline = (tokens.ids[0], lease), time.monotonic() + self._storage.settings.search_seconds
+            row, deadline = (tokens.ids[0], lease), time.monotonic() + seconds
             if together is None:
                 ticket = encoder.texts.submit(row, group=question.tenant, deadline=deadline)
             else:
@@ -209,24 +209,9 @@ class Searcher:
         """(1, D): the picture as a frame, with the adapter that made the vectors that are searched."""
         assert question.pixels is not None
         seconds = self._storage.settings.search_seconds
-        async with self._leased(question.encoder, question.maker) as lease:
+        async with question.encoder.leased(question.maker, seconds) as lease:
             row, deadline = (question.pixels, lease), time.monotonic() + seconds
             return await question.encoder.frames.run(row, group=question.tenant, weight=len(question.pixels), deadline=deadline)
-
-    @asynccontextmanager
-    async def _leased(self, encoder: Encoder, generation: Generation) -> AsyncIterator[Lease | None]:
-        """The adapter of a generation, not waited for where it is resident; None for the frozen backbone."""
-        request = encoder.request_lease(generation)
-        if request is None:
-            yield None
-            return
-        try:
-            if not request.done():
-                await asyncio.wait_for(asyncio.wrap_future(request), self._storage.settings.search_seconds)
-            yield request.result()
-        finally:
-            if not request.cancel():  # releases it, or withdraws what is not granted yet
-                request.add_done_callback(lambda done: None if done.exception() else done.result().release())
 
     def _find(
         self,
@@ -265,7 +250,7 @@ class Searcher:
             pending = video_rows.pending_videos(connection, tenant, collection.id)
         clock.lap("load")
         told = (view.videos, pending, lacking, encoded.truncated, clock.timings())
-        return Found(hits, total, collection, generation, *told)
+        return Found(hits, total, collection, generation, question.encoder, *told)
 
     def _lacking(self, question: Question, view: IndexView) -> int:
         """How many ready videos have no vectors in a generation that is not the active one. Raises GenerationUnusable."""

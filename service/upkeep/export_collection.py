@@ -57,7 +57,7 @@ class Export:
             self._versions = [each for each in versions if self._whole(each, needed=each.id == active.adapter_id)]
             known = generation_rows.generations_of(connection, tenant, collection.id)
             own = self._generations = _exported(active, known, self._versions, every_generation)
-            backbone = backbones.told(connection, active.backbone)
+            backbone = backbones.described(connection, active.backbone)
             self._rows = tempfile.TemporaryFile(dir=storage.settings.scratch)  # noqa: SIM115
             after = ""
             while page := archive_rows.videos_after(connection, tenant, collection.id, after, PAGE):

@@ -181,7 +181,7 @@ def _backbone_for(connection: Connection, manifest: Manifest) -> dict[str, Any]:
     """The backbone that an archived collection will be on: the one it was made with, if it can be used here, or our own."""
     own, theirs = facts.fact(connection, "backbone"), manifest.backbone.fingerprint
     if backbones.known(connection, theirs) is not None and backbones.usable(connection, theirs):
-        return backbones.told(connection, theirs)
+        return backbones.described(connection, theirs)
     return own  # type: ignore[no-any-return]
 
 

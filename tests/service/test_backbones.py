@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from serving import ROOT, clip, new_tenant
+from serving import ROOT, clip, new_tenant, wait_for
 from workshop import Workshop, application
 
 import backbone as backbone_package
-from backbone import load_backbone, rescore, room
+from adapters_store import pack
+from backbone import AdapterShape, load_backbone, rescore, room
 from indexer.frames import FrameArchive
 from service.adapters import activate as generations
 from service.adapters import backbones
@@ -76,7 +77,7 @@ def collections(workshop: Workshop) -> list[str]:
 def states(workshop: Workshop, collection: str) -> list[tuple[str, str]]:
     """(name of the backbone, state) of each generation."""
     with workshop.storage.database.read() as connection:
-        return sorted((backbones.told(connection, g.backbone)["name"], g.state) for g in workshop.generations(collection))
+        return sorted((backbones.described(connection, g.backbone)["name"], g.state) for g in workshop.generations(collection))
 
 
 def test_a_change_and_the_way_back(workshop: Workshop) -> None:
@@ -91,7 +92,6 @@ def test_a_change_and_the_way_back(workshop: Workshop) -> None:
     assert after[1] == pytest.approx(expected(workshop, after[0], OTHER), abs=2e-3)
     videos.append(workshop.video(collection, 3))  # comes to the backbone in use alone
     assert set(search(workshop, collection)[1]) == set(videos)
-    assert workshop.guest.post(f"/admin/collections/{collection}/evaluate").status_code == 202
     assert change(workshop, collection, OWN)["embedded"] == 1, "the three from before are there still"
     assert set(search(workshop, collection)[1]) == set(videos)
     assert {v: s for v, s in search(workshop, collection)[1].items() if v in before[1]} == before[1]
@@ -110,6 +110,42 @@ def test_an_adapter_brings_its_backbone_back_and_none_stays_on_the_one_in_use(wo
     late = workshop.adapter(collection, 2)  # published for the backbone it was made for, whichever is in use
     change(workshop, collection, OTHER)
     assert workshop.activate(collection, late)["activated"]
+
+
+def test_what_else_is_done_with_a_collection_is_done_with_its_backbone(workshop: Workshop) -> None:
+    """An evaluation, an adapter for it, embeddings, an archive that comes back with its vectors."""
+    collection, _ = workshop.filled(range(2), captions=["a picture of hue 2"])
+    change(workshop, collection, OTHER)
+    frozen = load_backbone(OTHER["name"], OTHER["pretrained"])
+    path = f"/admin/collections/{collection}/evaluate"
+    assert workshop.done(workshop.guest.post(path, {"split": "all"}))["text_to_video"]["gallery"] == 2
+    answer = workshop.guest.post("/v1/embeddings", {"model": collection, "input": TEXT}).json()
+    vector = frozen.encode_text(frozen.tokenize([TEXT]).ids)[0]
+    assert answer["data"][0]["embedding"] == pytest.approx((vector / vector.norm()).tolist(), abs=1e-4)
+    shape = AdapterShape(frozen.dims, rank=2, shared=0)
+    data = pack(shape, frozen.fingerprint, {name: 30 * tensor for name, tensor in shape.initial(1).items()})
+    path = f"/admin/collections/{collection}/adapters/import"
+    adapter = workshop.guest.call("POST", path, files={"file": ("a.safetensors", data)}).json()["adapter_id"]
+    assert workshop.activate(collection, adapter)["embedded"] == 2
+    _, scores = search(workshop, collection)
+    archive = workshop.guest.get(f"/admin/collections/{collection}/export").content
+    sent = {"file": ("c.tar", archive, "application/x-tar")}
+    workshop.done(workshop.guest.call("POST", "/admin/collections/import", files=sent, params={"collection": "back"}))
+    assert workshop.guest.get("/collections/back").json()["backbone"]["name"] == OTHER["name"]
+    assert sorted(search(workshop, "back")[1].values()) == pytest.approx(sorted(scores.values()), abs=1e-5)
+
+
+def test_a_wish_that_is_sent_again_loads_nothing(workshop: Workshop) -> None:
+    """By then another backbone may stand beside the folder's own, and be in use."""
+    collection, _ = workshop.filled([1])
+    path, headers = f"/admin/collections/{collection}/activate", {"Idempotency-Key": "once"}
+    first = workshop.guest.post(path, {"backbone": OTHER}, headers=headers)
+    workshop.done(first)
+    change(workshop, collection, OWN)
+    change(workshop, collection, THIRD)
+    assert workshop.guest.post(path, {"backbone": OTHER}, headers=headers).json() == first.json()
+    wait_for("what is asked of the loader", lambda: not workshop.encoder._beside._loading)  # type: ignore[union-attr]
+    assert [each.choice.name for each in workshop.encoder.resident] == ["builtin", THIRD["name"]]
 
 
 def test_searches_during_a_change_see_one_backbone_or_the_other(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
