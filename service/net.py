@@ -1,16 +1,13 @@
-"""Calls to addresses that tenants name: none that is private, unless `POLYCLIP_PRIVATE_URLS` allows it."""
+"""URLs that tenants name: which may be called, and which addresses are of the public internet; `jobs/outward.py` calls them."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-import socket
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 import httpx
 
 from service.errors import PolyclipError
-from service.settings import Settings
 
 NAT64 = IPv6Network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
 
@@ -80,49 +77,3 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv6Address) and address in NAT64:
         special = False  # reserved, and what it leads to has been looked at
     return address.is_global and not (special or address.is_multicast or address.is_unspecified)
-
-
-class PublicTransport(httpx.AsyncBaseTransport):
-    """Looks a name up, refuses it if any of its addresses is not public, and connects to the address that was looked at: a
-    name that changes between has no effect. Proxies of the environment are not used. For a client without redirects.
-    """
-
-    def __init__(self, private: bool) -> None:
-        """`private`: any address will do."""
-        self._private = private
-        self._inner = httpx.AsyncHTTPTransport(trust_env=False, retries=0)
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Raises InvalidUrl, PrivateAddress, httpx.TransportError."""
-        checked_url(str(request.url), self._private)
-        host = request.url.raw_host.decode().strip("[]")
-        port = request.url.port or (443 if request.url.scheme == "https" else 80)
-        failed: httpx.TransportError | None = None
-        for address in await self._addresses(host, port):
-            extensions = {**request.extensions, "sni_hostname": host}  # whose certificate it must be
-            where = request.url.copy_with(host=address)
-            try:
-                return await self._inner.handle_async_request(
-                    httpx.Request(request.method, where, headers=request.headers, stream=request.stream, extensions=extensions)
-                )
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failed = error
-        raise failed or httpx.ConnectError(f"{host} has no address")
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise httpx.ConnectError(f"{host} is not known: {error}") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            if not (self._private or is_public(ip_address(address.partition("%")[0]))):
-                raise PrivateAddress(f"{host} leads to {address}, which is not a public address")
-        return addresses
-
-
-def public_transport(settings: Settings) -> httpx.AsyncBaseTransport:
-    return PublicTransport(settings.private_urls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -11,16 +10,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import httpx
 from sqlalchemy import Connection
 
 from service.alerts import alert_rows
 from service.alerts.alert_rows import Alert, Event
+from service.jobs import outward
 from service.jobs.kinds import JobFailed
 from service.jobs.run import LONGEST_WAIT
 from service.jobs.task_rows import Task
-from service.net import InvalidUrl, PrivateAddress, public_transport
-from service.settings import Settings
+from service.net import InvalidUrl, PrivateAddress
 from service.storage import collection_rows, facts
 from service.storage.rows import NotFound
 from service.storage.storage import Storage
@@ -63,14 +61,18 @@ def deliver_event(storage: Storage, task: Task) -> dict[str, Any]:
     if alert.failing_event not in (None, event.id) and now() < str(alert.failing_until) <= now(WAIT_SECONDS):
         raise JobFailed("webhook_failed", "the webhook does not take an earlier event: this one waits for it", may_pass=True)
     body = json.dumps(told(event, alert, name)).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "X-Polyclip-Event": event.id,
+        "X-Polyclip-Signature": signature(secret, int(time.time()), body),
+    }
     try:
-        status = asyncio.run(_call(storage.settings, alert.webhook, secret, event.id, body))
+        status = outward.post(alert.webhook, headers, body, SECONDS, storage.settings.private_urls)
     except (InvalidUrl, PrivateAddress) as error:
         raise JobFailed(error.code, str(error)) from error
-    except (httpx.HTTPError, TimeoutError, OSError) as error:
+    except outward.FetchFailed as error:
         _failing(storage, event)
-        what = str(error) or f"no answer within {SECONDS:g} s"
-        raise JobFailed("webhook_failed", f"the webhook failed: {type(error).__name__}: {what}"[:300], may_pass=True) from error
+        raise JobFailed("webhook_failed", f"the webhook failed: {error}"[:300], may_pass=True) from error
     if not 200 <= status < 300:
         _failing(storage, event)
         raise JobFailed("webhook_failed", f"the webhook answered {status}", may_pass=True)
@@ -105,20 +107,3 @@ def told(event: Event, alert: Alert, collection: str) -> dict[str, Any]:
 def _failing(storage: Storage, event: Event) -> None:
     with storage.database.write() as connection:
         alert_rows.set_failing(connection, event.tenant_id, event.alert_id, event.id, now(WAIT_SECONDS))
-
-
-async def _call(settings: Settings, url: str, secret: str, event: str, body: bytes) -> int:
-    """The status of the answer, whose body is not read. Raises InvalidUrl, PrivateAddress, TimeoutError, httpx.HTTPError."""
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": "polyclip",
-        "X-Polyclip-Event": event,
-        "X-Polyclip-Signature": signature(secret, int(time.time()), body),
-    }
-
-    async def call() -> int:
-        client = httpx.AsyncClient(transport=public_transport(settings), trust_env=False, timeout=SECONDS)
-        async with client, client.stream("POST", url, content=body, headers=headers, follow_redirects=False) as answer:
-            return answer.status_code
-
-    return await asyncio.wait_for(call(), SECONDS)

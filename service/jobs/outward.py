@@ -9,8 +9,8 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -28,7 +28,7 @@ REDIRECTED = (301, 302, 303, 307, 308)
 
 
 class FetchFailed(JobFailed):
-    """A URL gave no file: it was not reached, broke off, was too slow or answered with an error."""
+    """A URL gave no file, or took no call: it was not reached, broke off, was too slow or answered with an error."""
 
     code, hint = "fetch_failed", "see that the URL answers 200 with the file"
 
@@ -42,33 +42,57 @@ def get(url: str, seconds: float, private: bool = False) -> Iterator[httpcore.Re
 
     Raises InvalidUrl, PrivateAddress, FetchFailed, also out of the reading of the body.
     """
-    where, host = checked_url(url, private), "the host"
-    trust, backend = _trust(), _Backend(private, time.monotonic() + seconds)
-    timeouts = {"connect": CONNECT_SECONDS, "read": READ_SECONDS, "write": READ_SECONDS, "pool": CONNECT_SECONDS}
+    where = checked_url(url, private)
+    with _pool(where.host, seconds, private) as pool:
+        for _ in range(REDIRECTS + 1):
+            host = where.host
+            with _asked(pool, "GET", where, {"Accept": "*/*", "Accept-Encoding": "identity"}) as response:
+                told = httpx.Headers(response.headers)
+                if response.status not in REDIRECTED or "location" not in told:
+                    _check(host, response.status, told)
+                    yield response
+                    return
+            try:
+                where = checked_url(str(where.join(told["location"])), private)
+            except (httpx.InvalidURL, InvalidUrl) as error:
+                raise InvalidUrl(f"{host} redirects to what is not fetched: {error}") from error
+        raise FetchFailed(f"{host} redirects more than {REDIRECTS} times")
+
+
+def post(url: str, headers: Mapping[str, str], body: bytes, seconds: float, private: bool = False) -> int:
+    """The status of the answer to POST, whose body is not read; redirects are not followed.
+
+    Raises InvalidUrl, PrivateAddress, FetchFailed.
+    """
+    where = checked_url(url, private)
+    sent = {**headers, "Content-Length": str(len(body))}
+    with _pool(where.host, seconds, private) as pool, _asked(pool, "POST", where, sent, body) as response:
+        return response.status
+
+
+@contextmanager
+def _pool(host: str, seconds: float, private: bool) -> Iterator[httpcore.ConnectionPool]:
+    """One connection at a time, within so many seconds in all; what fails on it is told of the host. Raises FetchFailed."""
+    backend = _Backend(private, time.monotonic() + seconds)
     try:
-        with httpcore.ConnectionPool(trust, max_connections=1, network_backend=backend) as pool:
-            for _ in range(REDIRECTS + 1):
-                host = where.host
-                target = httpcore.URL(scheme=where.raw_scheme, host=where.raw_host, port=where.port, target=where.raw_path)
-                headers: Any = {"Host": where.netloc.decode(), "Accept": "*/*", **AGENT, "Accept-Encoding": "identity"}
-                with pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
-                    told = httpx.Headers(response.headers)
-                    if response.status not in REDIRECTED or "location" not in told:
-                        _check(host, response.status, told)
-                        yield response
-                        return
-                try:
-                    where = checked_url(str(where.join(told["location"])), private)
-                except (httpx.InvalidURL, InvalidUrl) as error:
-                    raise InvalidUrl(f"{host} redirects to what is not fetched: {error}") from error
-            raise FetchFailed(f"{host} redirects more than {REDIRECTS} times")
+        with httpcore.ConnectionPool(_trust(), max_connections=1, network_backend=backend) as pool:
+            yield pool
     except httpcore.UnsupportedProtocol as error:
         raise FetchFailed(f"{host} does not answer with HTTP") from error
     except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
         if backend.late:
-            raise FetchFailed(f"{host} did not send the file within {seconds:g} s") from error
+            raise FetchFailed(f"{host} was not done within {seconds:g} s") from error
         why = f"{error}" or type(error).__name__
         raise FetchFailed(f"{host} cannot be read: {why}"[:300], may_pass="[SSL" not in why) from error
+
+
+def _asked(
+    pool: httpcore.ConnectionPool, method: str, where: httpx.URL, headers: Mapping[str, str], body: bytes | None = None
+) -> AbstractContextManager[httpcore.Response]:
+    target = httpcore.URL(scheme=where.raw_scheme, host=where.raw_host, port=where.port, target=where.raw_path)
+    timeouts = {"connect": CONNECT_SECONDS, "read": READ_SECONDS, "write": READ_SECONDS, "pool": CONNECT_SECONDS}
+    sent: Any = {"Host": where.netloc.decode(), **AGENT, **headers}
+    return pool.stream(method, target, headers=sent, content=body, extensions={"timeout": timeouts})
 
 
 def _check(host: str, status: int, headers: httpx.Headers) -> None:
@@ -113,6 +137,8 @@ class _Backend(httpcore.NetworkBackend):
             again = getattr(error, "errno", None) == socket.EAI_AGAIN
             raise FetchFailed(f"the name {host} was not found", may_pass=again) from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not addresses:
+            raise FetchFailed(f"the name {host} was not found")
         for address in addresses:
             literal = literal_of(address)
             if not self._private and (literal is None or not is_public(literal)):
