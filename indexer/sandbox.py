@@ -20,8 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from indexer.decode import DecodedVideo, DecodeError, Decoder, MediaFacts, Sampling
-from indexer.sandbox_child import DETAILS, LOOK_SECONDS, Limits, failed
+from indexer.pictures import InvalidImage
+from indexer.sandbox_child import DETAILS, LOOK_SECONDS, PIXELS, Limits, failed
 
 END_SECONDS = 2.0  # for the child to end what it has started
 LOCK_SECONDS = 5.0
@@ -86,6 +89,28 @@ class Sandbox:
         job = {"path": str(path.resolve()), "out": str(out.resolve()), "sampling": asdict(sampling), "facts": asdict(facts)}
         with self._lock:
             return _checked(self._ask(job, check), out)
+
+    def picture(self, data: bytes, out: Path) -> Image.Image:
+        """As `indexer.pictures.read_picture`, in the child, by way of files in the folder `out`.
+
+        Raises InvalidImage, and OSError and RuntimeError as `decode`.
+        """
+        (out / "picture").write_bytes(data)
+        job = {"path": str(out / "picture"), "out": str(out), "sampling": asdict(DEFAULT), "picture": True}
+        with self._lock:
+            answer = self._ask(job, lambda: None)
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]))
+        if "code" in answer:
+            told = answer["detail"] if answer["code"] == "invalid_image" else "reading the picture failed, or took too much"
+            raise InvalidImage(told)
+        try:
+            (width, height), pixels = answer["size"], (out / PIXELS).read_bytes()
+            if 3 * width * height != len(pixels):
+                raise ValueError("not the pixels of this size")
+            return Image.frombytes("RGB", (width, height), pixels)
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise InvalidImage("reading the picture failed") from error
 
     def close(self) -> None:
         """Ends the child and any decoding under way, whose caller gets RuntimeError."""

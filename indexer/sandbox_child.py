@@ -30,6 +30,7 @@ from av.error import FFmpegError
 from PIL import Image
 
 from indexer.decode import DecodeError, Decoder, MediaFacts, Sampling, decode, reopen
+from indexer.pictures import InvalidImage, read_picture
 
 DETAILS = {
     "decode_timeout": "Decoding the video took too long.",
@@ -39,6 +40,7 @@ DETAILS = {
 }
 LOOK_SECONDS = 0.25  # between two looks at what has been written
 KEPT_STDERR = 4096  # bytes
+PIXELS = "pixels"  # the file of a picture's RGB bytes
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38  # linux/prctl.h
 
 
@@ -64,6 +66,8 @@ def import_decoders(decoder: Decoder) -> None:
 
     if decoder != "pyav":
         import decord  # noqa: F401
+
+    import PIL.WebPImagePlugin  # noqa: F401
 
     Image.preinit()
 
@@ -208,11 +212,17 @@ def _work(job: dict[str, Any], answer_end: int, error_end: int) -> None:
         if decoder == "pyav":  # decord starts threads, which count
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         path, out, sampling = Path(job["path"]), Path(job["out"]), Sampling(**job["sampling"])
-        if "facts" in job:
-            video = reopen(path, out, MediaFacts(**job["facts"]), sampling)
+        answer: dict[str, Any]
+        if "picture" in job:
+            picture = read_picture(path.read_bytes())
+            (out / PIXELS).write_bytes(picture.tobytes())
+            answer = {"size": picture.size}
+        elif "facts" in job:
+            answer = {"video": reopen(path, out, MediaFacts(**job["facts"]), sampling).to_dict()}
         else:
-            video = decode(path, out, sampling, decoder=decoder)
-        answer: dict[str, Any] = {"video": video.to_dict()}
+            answer = {"video": decode(path, out, sampling, decoder=decoder).to_dict()}
+    except InvalidImage as error:
+        answer = {"code": "invalid_image", "detail": str(error)}
     except DecodeError as error:
         answer = {"code": error.code, "detail": error.detail}
     except MemoryError:

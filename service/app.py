@@ -35,6 +35,7 @@ from service.http.auth import Services
 from service.http.metrics import Inside
 from service.http.middleware import Head, Metrics, Observe
 from service.jobs.queue import Jobs
+from service.search.pictures import Pictures
 from service.search.query import Searcher
 from service.settings import Settings
 from service.storage import facts
@@ -57,11 +58,12 @@ def create_app(settings: Settings, encoder: Encoder | None = None) -> FastAPI:
         jobs = await to_thread.run_sync(Jobs, settings)
         await to_thread.run_sync(own.warm)
         await to_thread.run_sync(own.load_those_in_use)
-        searcher, guesses = Searcher(storage, own), Guesses(settings.wrong_keys)
-        app.state.services = Services(storage, own, searcher, jobs, secret, guesses)
+        searcher, guesses, pictures = Searcher(storage, own), Guesses(settings.wrong_keys), Pictures(settings)
+        app.state.services = Services(storage, own, searcher, jobs, secret, guesses, pictures)
         app.state.metrics.registry.register(inside := Inside(own, searcher))
         yield
         jobs.close()
+        pictures.close()
         searcher.close()
         own.close()
         storage.close()

@@ -52,6 +52,9 @@ OTHERS = {  # by module and class; a subclass without an entry has its parent's
     "backbone.towers.tower:UnsupportedBackbone": Kind(
         "unsupported_backbone", 503, "unsupported_backbone", "take another backbone"
     ),
+    "indexer.pictures:InvalidImage": Kind(
+        "invalid_image", 422, None, "send JPEG, PNG, WebP, GIF or BMP of at most 20 megapixels"
+    ),
     "indexer.frames:DamagedFrames": Kind("frames_damaged", 503, "frames_damaged", "`polyclip fsck --deep --repair`"),
     "training.recipe:InvalidRecipe": Kind("invalid_recipe", 422, "invalid_recipe", "mend the field (docs/training.md)"),
     "training.dataset:InvalidDataset": Kind("invalid_dataset", None, "invalid_dataset", "mend the file (docs/datasets.md)"),

@@ -60,7 +60,15 @@ def test_rooms_of_the_service_import_one_way(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["indexer/index.py", "indexer/decode.py", "indexer/sandbox.py", "indexer/sandbox_child.py", "indexer/survey.py"]
+    "module",
+    [
+        "indexer/index.py",
+        "indexer/decode.py",
+        "indexer/sandbox.py",
+        "indexer/sandbox_child.py",
+        "indexer/survey.py",
+        "indexer/pictures.py",
+    ],
 )
 def test_index_and_decoder_know_no_torch(module: str) -> None:
     names = imports(ROOT / module)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from service.adapters.encoder import Encoder
 from service.http.answers import Problem
 from service.jobs.queue import Jobs
+from service.search.pictures import Pictures
 from service.search.query import Searcher
 from service.storage import collection_rows, keys
 from service.storage.collection_rows import Collection
@@ -32,8 +33,7 @@ class Services:
     """What the application holds; `signing_secret` signs media URLs; `streams` are the open event streams by key.
 
     Threads that check keys, those that write uploads and archives, and the one that looks a collection through are counted
-    apart from all others: a slow disk under many uploads stops no search. Few read pictures at once: one takes up to 200 MB
-    meanwhile.
+    apart from all others: a slow disk under many uploads stops no search. So are those that wait for `pictures`.
     """
 
     storage: Storage
@@ -42,11 +42,12 @@ class Services:
     jobs: Jobs
     signing_secret: str
     guesses: Guesses
+    pictures: Pictures
     streams: Counter[str] = field(default_factory=Counter)
     authenticating: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     receiving: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
     checking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
-    reading: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    reading: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
 
 
 async def services_of(request: Request) -> Services:

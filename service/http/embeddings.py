@@ -27,7 +27,7 @@ async def create(request: Request, body: EmbeddingsRequest, tenant: CanSearch, s
 
     Vectors of two models are comparable only where neither has an adapter and both have the same backbone.
     """
-    of = services.storage, services.encoder, services.searcher.texts, services.reading
+    of = services.storage, services.encoder, services.searcher.texts, services.pictures, services.reading
     found = await while_connected(request, embed(*of, tenant.id, body.model, body.inputs))
     warnings = []
     if (caution := found.encoder.choice.caution) is not None:

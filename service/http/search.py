@@ -17,7 +17,6 @@ from service.http.answers_search import HitIdOut, HitOut, SearchAnswer, SearchPo
 from service.http.auth import PROBLEMS, CanSearch, InServices, KeyFirst, Services
 from service.http.queries import IMAGE_FIELDS, image_request, offset_of, query_of
 from service.http.schemas import ImageSearchRequest, SearchOptions, SearchRequest, VideoSearchRequest
-from service.search.pictures import read_picture
 from service.search.query import Found, Hit, Query
 from service.storage.keys import sign
 from service.storage.tenant_rows import Tenant
@@ -61,7 +60,7 @@ async def search_by_image(request: Request, tenant: CanSearch, services: InServi
     limit = services.storage.settings.image_bytes
     data, parts = await uploads.receive_form(request, "image", limit, ("query", *IMAGE_FIELDS))
     body = image_request(parts)
-    picture = await to_thread.run_sync(read_picture, data, limiter=services.reading)
+    picture = await to_thread.run_sync(services.pictures.read, data, limiter=services.reading)
     return await _answered(services, request, tenant, body, query_of(body, picture))
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from adapters_store import Lease
 from backbone import Form, Tokens, to_pixels
+from indexer.pictures import InvalidImage
 from service.adapters.encoder import Encoder
-from service.search.pictures import DATA_URL, InvalidImage, data_of, read_picture
+from service.search.pictures import DATA_URL, Pictures, data_of
 from service.search.question import EmptyText
 from service.search.text_cache import TextCache, TextKey, TextVector, text_key
 from service.storage import collection_rows
@@ -40,6 +41,7 @@ async def embed(
     storage: Storage,
     own: Encoder,
     cache: TextCache,
+    pictures: Pictures,
     reading: CapacityLimiter,
     tenant: str,
     model: str,
@@ -48,7 +50,7 @@ async def embed(
     """Encodes texts, and pictures as data URLs, as searches in a collection do: by the backbone and the adapter of its active
     generation, or for the model `backbone` by the data folder's own, frozen. A picture is encoded as a frame is.
 
-    `cache`: that of the searches' texts; `reading` bounds the threads that decode pictures. Raises NotFound, EmptyText,
+    `cache`: that of the searches' texts; `reading` bounds the threads that wait for `pictures`. Raises NotFound, EmptyText,
     InvalidImage, and what the batchers and residency raise.
     """
     seconds = storage.settings.search_seconds
@@ -58,14 +60,14 @@ async def embed(
         loading = asyncio.wrap_future(own.request_encoder(generation.backbone))
         encoder = await asyncio.wait_for(asyncio.shield(loading), seconds)
     name = (generation and generation.digest) or encoder.backbone.fingerprint
-    pictures = {i: each for i, each in enumerate(inputs) if each.startswith(DATA_URL)}
-    keys = {i: text_key(tenant, name, each) for i, each in enumerate(inputs) if i not in pictures}
+    urls = {i: each for i, each in enumerate(inputs) if each.startswith(DATA_URL)}
+    keys = {i: text_key(tenant, name, each) for i, each in enumerate(inputs) if i not in urls}
     if empty := [i for i, key in keys.items() if not key.text]:
         raise EmptyText(f"input {empty[0]} is empty")
     tokens, count = await to_thread.run_sync(_tokens, encoder, list(keys.values()))
     pixels = {}
-    for i, url in pictures.items():
-        pixels[i] = await to_thread.run_sync(_pixels, i, url, encoder.backbone.form, limiter=reading)
+    for i, url in urls.items():
+        pixels[i] = await to_thread.run_sync(_pixels, pictures, i, url, encoder.backbone.form, limiter=reading)
     deadline = time.monotonic() + seconds
 
     async def text(key: TextKey, place: int, lease: Lease | None) -> NDArray[np.float32]:
@@ -103,8 +105,8 @@ def _tokens(encoder: Encoder, keys: Sequence[TextKey]) -> tuple[Tokens, int]:
     return tokens, int(encoder.backbone.lengths(tokens.ids).sum()) if keys else 0
 
 
-def _pixels(place: int, url: str, form: Form) -> NDArray[np.uint8]:
+def _pixels(pictures: Pictures, place: int, url: str, form: Form) -> NDArray[np.uint8]:
     try:
-        return to_pixels(read_picture(data_of(url)), form)
+        return to_pixels(pictures.read(data_of(url)), form)
     except InvalidImage as error:
         raise InvalidImage(f"input {place}: {error}") from error

@@ -1,69 +1,36 @@
-"""A picture that a client sends as a query: read in this process, so by few decoders and never beyond a size."""
+"""Pictures that clients send as queries, read in a child process as videos are."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import io
-import struct
-from typing import Any
+import tempfile
+from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from service.errors import PolyclipError
+from indexer.pictures import InvalidImage
+from indexer.sandbox import Sandbox
+from indexer.sandbox_child import Limits
+from service.settings import Settings
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 20_000_000
 DATA_URL = "data:image/"  # what a picture as a data URL begins with
-MAX_SCANS = 100  # of a JPEG: a progressive one has about ten, each costs a pass over all of it
-UNREADABLE = (
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    OverflowError,
-    SyntaxError,  # Pillow's for a broken PNG
-    TypeError,
-    ValueError,
-    Warning,  # where they are errors
-    struct.error,
-)
+LIMITS = Limits(memory_bytes=1 << 30, cpu_seconds=20, wall_seconds=30.0)  # of one picture
 
 
-class InvalidImage(PolyclipError, ValueError):
-    """The bytes are no picture, or one that is too large."""
+class Pictures:
+    """Reads pictures, one after the other; the child starts with the first. Safe to use from several threads."""
 
-    code, status, hint = "invalid_image", 422, f"send JPEG, PNG, WebP, GIF or BMP of at most {MAX_PIXELS // 10**6} megapixels"
+    def __init__(self, settings: Settings) -> None:
+        self._scratch, self._sandbox = settings.scratch, Sandbox(LIMITS)
 
+    def read(self, data: bytes) -> Image.Image:
+        """As `indexer.pictures.read_picture`. Raises InvalidImage, OSError (a full disk)."""
+        with tempfile.TemporaryDirectory(dir=self._scratch, prefix="picture-") as name:
+            return self._sandbox.picture(data, Path(name))
 
-def read_picture(data: bytes) -> Image.Image:
-    """The picture in `data` as RGB, turned right by its EXIF tag: of an animated one the first frame, what is transparent
-    upon white. Its size is asked before a pixel is decoded. Raises InvalidImage.
-    """
-    try:
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if not 0 < width * height <= MAX_PIXELS:
-            raise InvalidImage(f"the picture has {width} × {height} pixels, more than {MAX_PIXELS:,}")
-        if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
-            raise InvalidImage(f"the picture is coded in more than {MAX_SCANS} scans")
-        picture.load()
-        return _rgb(_turned(picture))
-    except InvalidImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise InvalidImage(f"these bytes are no picture in a format that is read here ({', '.join(FORMATS)})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidImage(f"the picture has more than {MAX_PIXELS:,} pixels") from error
-    except UNREADABLE as error:
-        raise InvalidImage(f"the picture cannot be read: {str(error)[:200]}") from error
-
-
-def _turned(picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # EXIF that cannot be read: the picture can
-        return picture
+    def close(self) -> None:
+        self._sandbox.close()
 
 
 def data_of(url: str) -> bytes:
@@ -75,15 +42,3 @@ def data_of(url: str) -> bytes:
         return base64.b64decode(coded, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidImage(f"the data URL is not base64: {error}") from error
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-        deep: Any = picture.convert("I")
-        picture = deep.point(lambda value: value * (1 / 257)).convert("L")
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        picture = picture.convert("RGBA")
-        white = Image.new("RGB", picture.size, "white")
-        white.paste(picture, mask=picture.getchannel("A"))
-        return white
-    return picture.convert("RGB")

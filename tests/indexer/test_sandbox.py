@@ -7,13 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from videos import time_shown, write_video
 
 from indexer.decode import DecodeError, Decoder, Sampling
+from indexer.pictures import InvalidImage, read_picture
 from indexer.sandbox import ENVIRONMENT, Sandbox
 from indexer.sandbox_child import Limits
 
@@ -392,3 +395,22 @@ def test_an_answer_about_many_segments_is_not_taken_for_a_crash(evil: Sandbox, s
 def test_a_decoding_cannot_start_a_process(evil: Sandbox, small: Path, out: Path) -> None:
     with pytest.raises(OSError):
         evil.decode(small, out)
+
+
+def test_a_picture_is_read_in_the_child_under_its_limits(tmp_path: Path) -> None:
+    """The same picture as without a child; what is none is told; a child that dies, or has too little, harms nobody."""
+    left = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    left.save(memory := BytesIO(), "PNG", exif=exif)
+    with Sandbox() as sandbox:
+        found = sandbox.picture(memory.getvalue(), tmp_path)
+        assert found.size == (30, 50) and found.tobytes() == read_picture(memory.getvalue()).tobytes()
+        with pytest.raises(InvalidImage, match="no picture in a format"):
+            sandbox.picture(b"hello", tmp_path)
+        assert sandbox._child is not None
+        os.kill(sandbox._child.pid, signal.SIGKILL)
+        assert sandbox.picture(memory.getvalue(), tmp_path).tobytes() == found.tobytes()
+    Image.new("RGB", (4000, 4000)).save(large := BytesIO(), "PNG")
+    with Sandbox(Limits(file_bytes=1 << 20)) as sandbox, pytest.raises(InvalidImage, match="failed"):
+        sandbox.picture(large.getvalue(), tmp_path)

@@ -17,7 +17,7 @@ from PIL import Image
 from serving import Tenant, colour
 from workshop import Workshop
 
-from service.search.pictures import InvalidImage, read_picture
+from indexer.pictures import InvalidImage, read_picture
 from service.storage.rows import NAME
 
 

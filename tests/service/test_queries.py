@@ -19,8 +19,8 @@ from workshop import Workshop
 
 import adapters_store
 from backbone import Adapter, AdapterShape, q_score, to_pixels
+from indexer.pictures import MAX_SCANS, InvalidImage, read_picture
 from service.adapters.publish import publish
-from service.search.pictures import MAX_SCANS, InvalidImage, read_picture
 from service.search.question import TEXT_WEIGHT
 from service.storage import collection_rows, generation_rows
 from service.storage.tables import new_id, now, videos
