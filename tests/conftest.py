@@ -1,9 +1,5 @@
 """For all tests."""
 
-import ctypes
-import gc
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,12 +16,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.nodeid.removeprefix("tests/").partition("[")[0]
         if name in SLOW or not SERVERS.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _memory_given_back() -> Iterator[None]:
-    """Applications and backbones of a module are in cycles, which the collector would leave for long in so large a heap."""
-    yield
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
